@@ -95,13 +95,13 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     yield
 
 
-def assert_refused(ran: Ran, *words: str) -> None:
+def assert_refused(result: Ran, *words: str) -> None:
     """Exit code 2 and one sentence on stderr that has these words; nothing on stdout."""
-    assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("Error: ") and ran.err.count("\n") == 1
-    assert "Traceback" not in ran.err and ". " not in ran.err.removesuffix(".\n")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Error: ") and result.err.count("\n") == 1
+    assert "Traceback" not in result.err and ". " not in result.err.removesuffix(".\n")
     for word in words:
-        assert word in ran.err
+        assert word in result.err
 
 
 def size(path: str | Path) -> tuple[int, int]:
@@ -122,16 +122,18 @@ def bomb(path: Path) -> Path:
 
 def test_text_reply(run: Run, model: Path, image_path: Path) -> None:
     args = ("generate", "What?", "--image", image_path, "--output", "text", "--model", model)
-    ran = run(*args, "--seed", 5)  # some seeds give an empty text
-    assert (ran.code, ran.err) == (0, "")
-    assert ran.out.endswith("\n")
+    result = run(*args, "--seed", 5)  # some seeds give an empty text
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith("\n")
     assert not Path("out").exists()
 
 
 def test_json_is_one_object(run: Run, model: Path, image_path: Path) -> None:
-    ran = run("generate", "What?", "--image", image_path, "--model", model, "--seed", 5, "--json")
-    assert (ran.code, ran.err) == (0, "")
-    reply = ran.json
+    result = run(
+        "generate", "What?", "--image", image_path, "--model", model, "--seed", 5, "--json"
+    )
+    assert (result.code, result.err) == (0, "")
+    reply = result.json
     assert set(reply) == {
         "text",
         "images",
@@ -161,15 +163,15 @@ def test_generating_twice_gives_the_same_bytes(run: Run, model: Path) -> None:
 
 
 def test_codes_read_several_at_once_are_the_same_at_temperature_0(run: Run, model: Path) -> None:
-    drawing = ("generate", "Draw.", "--output", "image", "--image-temperature", 0, "--model", model)
+    command = ("generate", "Draw.", "--output", "image", "--image-temperature", 0, "--model", model)
     for name, more in (("one", ()), ("many", ("--jacobi", 8))):
-        assert run(*drawing, "--out", name, *more).code == 0
+        assert run(*command, "--out", name, *more).code == 0
     assert Path("one/image-1.png").read_bytes() == Path("many/image-1.png").read_bytes()
 
 
 def test_interleaved_json_files_are_in_order(run: Run, model: Path) -> None:
-    asked = ("--output", "image", "--max-images", 2, "--json", "--model", model)
-    reply = run("generate", "Draw two.", *asked).json
+    options = ("--output", "image", "--max-images", 2, "--json", "--model", model)
+    reply = run("generate", "Draw two.", *options).json
     assert [s["path"] for s in reply["segments"]] == reply["images"]
     assert len(reply["images"]) == 2
     assert {size(path) for path in reply["images"]} == {(16, 16)}
@@ -190,24 +192,29 @@ def test_encode_then_decode(run: Run, model: Path, image_path: Path) -> None:
     )
     assert encoded.json["shape"] == [2, 8, 8]
     assert load_codes(Path("c.safetensors")).shape == (2, 8, 8)
-    decoded = run("decode", "c.safetensors", "-o", "drawn", "--model", model)
-    assert decoded.out.split() == [str(Path("drawn/image-1.png")), str(Path("drawn/image-2.png"))]
-    assert size("drawn/image-2.png") == (16, 16)
+    decoded = run("decode", "c.safetensors", "-o", "decoded", "--model", model)
+    assert decoded.out.split() == [
+        str(Path("decoded/image-1.png")),
+        str(Path("decoded/image-2.png")),
+    ]
+    assert size("decoded/image-2.png") == (16, 16)
 
 
 def test_info(run: Run, model: Path) -> None:
-    ran = run("info", model, "--json")
-    told = ran.json
+    result = run("info", model, "--json")
+    summary = result.json
     config = PRESETS["tiny"]
-    assert told["tokens_per_image"] == 66 and told["image_side"] == 16
-    assert told["kv_bytes_per_token"]["float32"] == 2 * 4 * 2 * config.kv_heads * config.head_dim
-    assert told["vocabulary"]["image"] == 64
+    assert summary["tokens_per_image"] == 66 and summary["image_side"] == 16
+    assert summary["kv_bytes_per_token"]["float32"] == 2 * 4 * 2 * config.kv_heads * config.head_dim
+    assert summary["vocabulary"]["image"] == 64
     saved = load_parameters(model)
-    assert sum(told["parameters"].values()) == saved
-    assert told["file_bytes"]["model.safetensors"] > 4 * saved
-    cache, context = told["default_cache"], told["context"]
+    assert sum(summary["parameters"].values()) == saved
+    assert summary["file_bytes"]["model.safetensors"] > 4 * saved
+    cache, context = summary["default_cache"], summary["context"]
     assert cache["tokens float32"] >= 3 * context
-    assert cache["bytes float32"] == cache["tokens float32"] * told["kv_bytes_per_token"]["float32"]
+    assert (
+        cache["bytes float32"] == cache["tokens float32"] * summary["kv_bytes_per_token"]["float32"]
+    )
     assert cache["requests of 300 tokens float32"] == cache["tokens float32"] // 32 // 10
     shown = run("info", model).out
     assert "tokens per image" in shown and "default cache requests of 300 tokens" in shown
@@ -231,9 +238,9 @@ def test_the_cache_takes_as_many_bytes_as_asked_for(given: str, size: int) -> No
 def test_a_cache_that_is_too_small_is_refused(
     run: Run, model: Path, given: str, words: str
 ) -> None:
-    asked = ("generate", "a", "--model", model, "--output", "text", "--max-tokens", "100")
-    ran = run(*asked, "--cache-bytes", given)
-    assert ran.code == 2 and words in ran.err and "Traceback" not in ran.err
+    command = ("generate", "a", "--model", model, "--output", "text", "--max-tokens", "100")
+    result = run(*command, "--cache-bytes", given)
+    assert result.code == 2 and words in result.err and "Traceback" not in result.err
 
 
 def load_parameters(folder: Path) -> int:
@@ -257,8 +264,8 @@ def test_chat_in_a_pipe(
         "/quit",
     ]
     monkeypatch.setattr(sys, "stdin", StringIO("\n".join([*lines, "never read"])))
-    ran = run("chat", "--output", "text", "--model", model, "--max-tokens", 4)
-    assert (ran.code, ran.err) == (0, "")
+    result = run("chat", "--output", "text", "--model", model, "--max-tokens", 4)
+    assert (result.code, result.err) == (0, "")
     saved = json.loads(Path("kept/conversation.json").read_text(encoding="utf-8"))["messages"]
     assert [turn["role"] for turn in saved] == ["user", "assistant", "user", "assistant"]
     assert [part["type"] for part in saved[2]["content"]] == ["text", "image", "text"]
@@ -280,48 +287,48 @@ def chat(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> Chat:
     return call
 
 
-def kept(folder: str) -> list[dict]:
+def saved_turns(folder: str) -> list[dict]:
     """The turns of a saved conversation."""
     return json.loads((Path(folder) / "conversation.json").read_text(encoding="utf-8"))["messages"]
 
 
-def asked(folder: str) -> list[str]:
-    return [turn["content"][-1]["text"] for turn in kept(folder) if turn["role"] == "user"]
+def user_texts(folder: str) -> list[str]:
+    return [turn["content"][-1]["text"] for turn in saved_turns(folder) if turn["role"] == "user"]
 
 
 def test_chat_mistake_in_a_pipe(chat: Chat) -> None:
     assert_refused(chat("/draw"), "/draw", "/image")
 
 
-def test_chat_in_a_pipe_goes_on_after_a_mistake(chat: Chat) -> None:
-    ran = chat("One.", "/draw", "/image nowhere.png", "Two.", "/save conv")
-    assert ran.code == 2 and ran.err.count("Error: ") == ran.err.count("\n") == 2
-    assert asked("conv") == ["One.", "Two."]
+def test_chat_in_a_pipe_continues_after_a_mistake(chat: Chat) -> None:
+    result = chat("One.", "/draw", "/image nowhere.png", "Two.", "/save conv")
+    assert result.code == 2 and result.err.count("Error: ") == result.err.count("\n") == 2
+    assert user_texts("conv") == ["One.", "Two."]
 
 
 def test_chat_warns_about_unsaved_turns(chat: Chat) -> None:
-    ran = chat("One.", "/save conv", "Two.", "Three.")
-    assert ran.code == 0 and ran.err.startswith("2 turns not saved: /save FOLDER")
-    assert ran.err.count("\n") == 1
+    result = chat("One.", "/save conv", "Two.", "Three.")
+    assert result.code == 0 and result.err.startswith("2 turns not saved: /save FOLDER")
+    assert result.err.count("\n") == 1
     assert "1 turn not saved" in chat("One.", "/quit").err
     assert "1 turn not saved, /undo brings" in chat("One.", "/reset", "/undo", "/save b").out
-    assert asked("b") == ["One."]
+    assert user_texts("b") == ["One."]
 
 
-def test_chat_save_goes_over_nothing(chat: Chat, image_path: Path) -> None:
+def test_chat_save_overwrites_nothing(chat: Chat, image_path: Path) -> None:
     chat("A.", "/save conv", "/reset", "B.", "/save conv")
-    assert asked("conv") == ["A."]
+    assert user_texts("conv") == ["A."]
     Path("own").mkdir()
     for name in ("conversation.json", "image-1.png"):
         (Path("own") / name).write_text("mine")
-    ran = chat(f"/image {image_path}", "B.", "/save own", "/save new")
-    assert ran.code == 2 and "own exists and holds other things" in ran.err
+    result = chat(f"/image {image_path}", "B.", "/save own", "/save new")
+    assert result.code == 2 and "own exists and holds other things" in result.err
     assert {path.read_text() for path in Path("own").iterdir()} == {"mine"}
-    assert asked("new") == ["B."]
+    assert user_texts("new") == ["B."]
     # Without a name, each conversation gets a folder of its own.
     for words in ("C.", "D.", "E."):
         assert chat(words, "/save", f"{words}{words}", "/save").code == 0
-    saved = [asked(name) for name in ("conversation", "conversation-2", "conversation-3")]
+    saved = [user_texts(name) for name in ("conversation", "conversation-2", "conversation-3")]
     assert saved == [["C.", "C.C."], ["D.", "D.D."], ["E.", "E.E."]]
     (Path("new") / "conversation.json").write_text("{}")
     assert not chat("F.", "/save F", "/save f").code
@@ -343,45 +350,45 @@ def test_chat_save_again_keeps_images_once(chat: Chat, image_path: Path) -> None
         "image-2.png",
     ]
     second = chat("/load conv", "Three.", "/save")
-    assert second.code == 0 and asked("conv") == ["One.", "Two.", "Three."]
+    assert second.code == 0 and user_texts("conv") == ["One.", "Two.", "Three."]
     assert len(list(Path("conv").iterdir())) == 3
 
 
 def test_chat_save_on_a_full_disk_leaves_nothing(chat: Chat, image_path: Path) -> None:
     PIL.Image.effect_noise((64, 64), 90).save(image_path)
     with files_of_at_most(2000):
-        ran = chat(f"/image {image_path}", "One.", f"/image {image_path}", "Two.", "/save conv")
-    assert ran.code == 2 and "cannot be written" in ran.err
+        result = chat(f"/image {image_path}", "One.", f"/image {image_path}", "Two.", "/save conv")
+    assert result.code == 2 and "cannot be written" in result.err
     assert not Path("conv").exists()
 
 
-def test_chat_goes_on_where_it_was_left(chat: Chat, image_path: Path) -> None:
-    """A saved chat answers as if it had not been left, drawn images and all."""
-    drawing = ("--output", "image", "--max-tokens", 80)
+def test_a_resumed_chat_gives_the_same_answers(chat: Chat, image_path: Path) -> None:
+    """A saved chat answers as if it had not been left, with its generated images."""
+    image_options = ("--output", "image", "--max-tokens", 80)
     first = [f"/image {image_path}", "Draw one.", "/save conv"]
-    full = chat(*first, "And now?", "/save whole", options=drawing)
-    assert full.code == 0 and kept("whole")[:2] == kept("conv")
-    [reply] = strip(kept("whole")[-1])
+    full = chat(*first, "And now?", "/save whole", options=image_options)
+    assert full.code == 0 and saved_turns("whole")[:2] == saved_turns("conv")
+    [reply] = without_paths(saved_turns("whole")[-1])
     assert reply["codes"]
     for name, lines, options in (
-        ("a", ["And now?"], (*drawing, "--resume", "conv")),
-        ("b", ["Other.", "/load conv", "And now?"], drawing),
+        ("a", ["And now?"], (*image_options, "--resume", "conv")),
+        ("b", ["Other.", "/load conv", "And now?"], image_options),
     ):
         second = chat(*lines, f"/save {name}", options=options)
         assert second.code == 0, second.err
-        assert strip(kept(name)[-1]) == [reply]
-    # Without the codes the drawn image is read anew, and the answer is another.
+        assert without_paths(saved_turns(name)[-1]) == [reply]
+    # Without its codes the generated image is encoded again, and the answer differs.
     data = json.loads(Path("conv/conversation.json").read_text())
     Path("conv/conversation.json").write_text(json.dumps(data | {"codebook": ""}))
-    chat("And now?", "/save c", options=(*drawing, "--resume", "conv"))
-    assert strip(kept("c")[-1]) != [reply]
+    chat("And now?", "/save c", options=(*image_options, "--resume", "conv"))
+    assert without_paths(saved_turns("c")[-1]) != [reply]
 
 
-def strip(turn: dict) -> list[dict]:
+def without_paths(turn: dict) -> list[dict]:
     return [{k: v for k, v in part.items() if k != "image"} for part in turn["content"]]
 
 
-def test_chat_leaves_codes_of_another_image_tokenizer(chat: Chat, image_path: Path) -> None:
+def test_chat_drops_codes_of_another_image_tokenizer(chat: Chat, image_path: Path) -> None:
     chat("Draw.", "/save conv", options=("--output", "image", "--max-tokens", 80))
     path = Path("conv/conversation.json")
     text = path.read_text()
@@ -390,16 +397,16 @@ def test_chat_leaves_codes_of_another_image_tokenizer(chat: Chat, image_path: Pa
         data["messages"][1]["content"][0]["codes"] = [[63] * 8] * 8
         path.write_text(json.dumps(data))
         assert chat("/load conv", "/save copy", "/load copy").code == 0
-        codes = kept("copy")[1]["content"][0].get("codes")
+        codes = saved_turns("copy")[1]["content"][0].get("codes")
         assert (codes is None) == (data["codebook"] == "0")
         shutil.rmtree("copy")
 
 
 def test_chat_undo(chat: Chat, image_path: Path) -> None:
-    ran = chat("One.", f"/image {image_path}", "Two.", "/undo", "/save a", "Three.", "/save b")
-    assert ran.code == 0
-    assert asked("a") == ["One."]
-    assert [part["type"] for part in kept("b")[2]["content"]] == ["image", "text"]
+    result = chat("One.", f"/image {image_path}", "Two.", "/undo", "/save a", "Three.", "/save b")
+    assert result.code == 0
+    assert user_texts("a") == ["One."]
+    assert [part["type"] for part in saved_turns("b")[2]["content"]] == ["image", "text"]
     assert_refused(chat("/undo"), "nothing to undo")
 
 
@@ -416,7 +423,7 @@ def test_chat_undo(chat: Chat, image_path: Path) -> None:
         None,
     ],
 )
-def test_chat_resumes_no_other_folder(chat: Chat, data: str | None) -> None:
+def test_chat_refuses_to_resume_other_folders(chat: Chat, data: str | None) -> None:
     Path("conv").mkdir()
     if data is not None:
         Path("conv/conversation.json").write_text(data)
@@ -434,9 +441,9 @@ def test_chat_takes_paths_as_terminals_paste_them(
     image_path.rename(home / name)
     escaped = "".join(c if c.isalnum() or c in "/.-_~" else f"\\{c}" for c in f"~/{name}")
     for typed in (shlex.quote(str(home / name)), f"{home}/{name}", f"~/{name}", escaped):
-        ran = chat(f"/image {typed}", "What?", "/save ~/kept")
-        assert (ran.code, ran.err) == (0, ""), typed
-        assert asked(str(home / "kept")) == ["What?"]
+        result = chat(f"/image {typed}", "What?", "/save ~/kept")
+        assert (result.code, result.err) == (0, ""), typed
+        assert user_texts(str(home / "kept")) == ["What?"]
         shutil.rmtree(home / "kept")
     assert not Path("~").exists()
 
@@ -493,10 +500,10 @@ def at_a_terminal(command: list[object], *keys: str, **environment: str) -> Term
 
 def test_ctrl_c_at_the_prompt_asks_once(model: Path) -> None:
     command = ["chat", "--model", model, "--output", "text", "--max-tokens", 2]
-    ran = at_a_terminal(command, "Hello.\n", "\x03", "\x03", TERM="dumb")
-    assert ran.code == 130 and ran.out.count("1 turn not saved") == 1
-    ran = at_a_terminal(command, "Hello.\n", "/quit\n", "/save kept\n", "\x04", TERM="dumb")
-    assert ran.code == 0 and ran.out.count("1 turn not saved") == 1
+    result = at_a_terminal(command, "Hello.\n", "\x03", "\x03", TERM="dumb")
+    assert result.code == 130 and result.out.count("1 turn not saved") == 1
+    result = at_a_terminal(command, "Hello.\n", "/quit\n", "/save kept\n", "\x04", TERM="dumb")
+    assert result.code == 0 and result.out.count("1 turn not saved") == 1
     assert Path("kept/conversation.json").is_file()
     assert at_a_terminal(command, "\x03", TERM="dumb").code == 130
 
@@ -514,10 +521,10 @@ def test_ctrl_c_at_the_prompt_asks_once(model: Path) -> None:
 def test_images_at_a_terminal(model: Path, environment: dict[str, str], blocks: bool) -> None:
     command = ["generate", "Draw.", "--output", "image", "--model", model]
     clean = {"NO_COLOR": "", "COLORTERM": "", "PYTHONIOENCODING": "utf-8"}
-    ran = at_a_terminal(command, **clean | environment)
-    assert ran.code == 0 and ("▀" in ran.out) == blocks and "u2580" not in ran.out
+    result = at_a_terminal(command, **clean | environment)
+    assert result.code == 0 and ("▀" in result.out) == blocks and "u2580" not in result.out
     if environment["TERM"] == "dumb":
-        assert ran.out == f"{Path('out/image-1.png')}\n"
+        assert result.out == f"{Path('out/image-1.png')}\n"
 
 
 def test_a_pipe_gives_the_prompt_or_the_image(
@@ -528,21 +535,21 @@ def test_a_pipe_gives_the_prompt_or_the_image(
 
     def ask(*arguments: object) -> str:
         common = ("--model", model, "--output", "text", "--seed", 3, "--temperature", 50)
-        ran = run("generate", *common, *arguments)
-        assert (ran.code, ran.err) == (0, "")
-        return ran.out
+        result = run("generate", *common, *arguments)
+        assert (result.code, result.err) == (0, "")
+        return result.out
 
-    told = ask("What is this, 이게 뭐야?")
-    assert ask("What?") != told
+    answer = ask("What is this, 이게 뭐야?")
+    assert ask("What?") != answer
     pipe("What is this, 이게 뭐야?\r\n".encode())
-    assert ask("-") == told
+    assert ask("-") == answer
     Path("question.txt").write_bytes("\ufeffWhat is this, 이게 뭐야?\n".encode())
-    assert ask("--prompt-file", "question.txt") == told
+    assert ask("--prompt-file", "question.txt") == answer
     pipe(image_path.read_bytes())
     assert ask("What?", "--image", "-") == ask("What?", "--image", image_path) != ask("What?")
     pipe(b"\xff\xfe")
     assert_refused(run("generate", "-"), "standard input", "UTF-8")
-    pipe(b"no picture")
+    pipe(b"no image")
     assert_refused(run("generate", "What?", "--image", "-"), "standard input", "PNG")
     assert_refused(run("generate", "-", "--image", "-"), "only one")
     assert_refused(run("generate", "a", "--prompt-file", "question.txt"), "question.txt")
@@ -550,7 +557,7 @@ def test_a_pipe_gives_the_prompt_or_the_image(
     assert_refused(run("generate", "--prompt-file", image_path), "red.png", "UTF-8")
 
 
-def test_an_address_is_named_as_typed(run: Run) -> None:
+def test_an_address_is_quoted_as_typed(run: Run) -> None:
     address = "https://example.org/a.png"
     assert_refused(run("generate", "What?", "--image", address), address, "download")
     assert_refused(run("encode", address, "-o", "c.safetensors"), address, "download")
@@ -567,33 +574,33 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_images_go_over_nothing(run: Run, model: Path, image_path: Path) -> None:
-    drawing = ("generate", "Draw.", "--output", "image", "--model", model, "--seed")
+def test_images_overwrite_nothing(run: Run, model: Path, image_path: Path) -> None:
+    command = ("generate", "Draw.", "--output", "image", "--model", model, "--seed")
     for seed in (0, 1):
-        run(*drawing, seed)
+        run(*command, seed)
     first, second = (Path(f"out/image-{n}.png").read_bytes() for n in (1, 2))
     assert first != second
-    run(*drawing, 0, "--out", "other")
+    run(*command, 0, "--out", "other")
     assert Path("other/image-1.png").read_bytes() == first
-    # The user's own image, in the folder of the drawn ones.
-    actual = Path("mine/image-7.png")
-    actual.parent.mkdir()
-    image_path.rename(actual)
-    before = actual.read_bytes()
-    told = run(*drawing, 0, "--image", actual, "--out", "mine", "--json").json
-    assert told["images"] == [str(Path("mine/image-8.png"))]
-    assert actual.read_bytes() == before
-    run("encode", actual, "-o", "c.safetensors", "--model", model)
+    # The user's own image, in the folder of the generated ones.
+    own_image = Path("mine/image-7.png")
+    own_image.parent.mkdir()
+    image_path.rename(own_image)
+    before = own_image.read_bytes()
+    reply = run(*command, 0, "--image", own_image, "--out", "mine", "--json").json
+    assert reply["images"] == [str(Path("mine/image-8.png"))]
+    assert own_image.read_bytes() == before
+    run("encode", own_image, "-o", "c.safetensors", "--model", model)
     for number in (9, 10):
-        ran = run("decode", "c.safetensors", "-o", "mine", "--model", model)
-        assert ran.out.split() == [str(Path(f"mine/image-{number}.png"))]
+        result = run("decode", "c.safetensors", "-o", "mine", "--model", model)
+        assert result.out.split() == [str(Path(f"mine/image-{number}.png"))]
 
 
-def test_codes_go_over_nothing_unasked(run: Run, model: Path, image_path: Path) -> None:
+def test_codes_are_overwritten_only_on_request(run: Run, model: Path, image_path: Path) -> None:
     target = Path("c.safetensors")
     target.write_text("mine")
-    ran = run("encode", image_path, "-o", target, "--model", "nowhere")
-    assert_refused(ran, "c.safetensors is there already", "--overwrite")
+    result = run("encode", image_path, "-o", target, "--model", "nowhere")
+    assert_refused(result, "c.safetensors is there already", "--overwrite")
     assert target.read_text() == "mine"
     assert run("encode", image_path, "-o", target, "--model", model, "--overwrite").code == 0
     assert load_codes(target).shape == (1, 8, 8)
@@ -601,8 +608,8 @@ def test_codes_go_over_nothing_unasked(run: Run, model: Path, image_path: Path) 
 
 def test_full_disk_leaves_nothing(run: Run, model: Path, image_path: Path) -> None:
     with files_of_at_most(100):
-        ran = run("generate", "Draw.", "--output", "image", "--model", model)
-        assert_refused(ran, "image", "cannot be written", "file too large")
+        result = run("generate", "Draw.", "--output", "image", "--model", model)
+        assert_refused(result, "image", "cannot be written", "file too large")
         assert_refused(run("encode", image_path, "-o", "out/c.npy", "--model", model), "c.npy")
     assert not Path("out").exists()
 
@@ -612,7 +619,7 @@ def test_codes_as_npy(run: Run, model: Path, image_path: Path) -> None:
         assert run("encode", image_path, "-o", name, "--model", model).code == 0
     codes = np.load("c.npy")
     assert codes.dtype == np.int64 and (codes == load_codes(Path("c.safetensors"))).all()
-    assert run("decode", "c.npy", "-o", "drawn", "--model", model).code == 0
+    assert run("decode", "c.npy", "-o", "decoded", "--model", model).code == 0
     for name in ("c.npz", "c.pt", "c.json"):
         assert_refused(run("encode", image_path, "-o", name, "--model", "nowhere"), name, ".npy")
         assert not Path(name).exists()
@@ -652,7 +659,7 @@ def test_empty_names(run: Run) -> None:
     assert_refused(run("tokenize", "", "-o", "shards"), "the name of a source is empty")
 
 
-def test_the_home_of_nobody(run: Run) -> None:
+def test_home_of_an_unknown_user(run: Run) -> None:
     path = "~no-such-user/x"
     for arguments in (
         ["info", path],
@@ -675,8 +682,8 @@ def test_prompt_longer_than_the_context(run: Run, model: Path) -> None:
 
 
 def test_placeholders_do_not_match(run: Run, image_path: Path) -> None:
-    ran = run("generate", "<image> and <image>?", "--image", image_path)
-    assert_refused(ran, "2 places", "1 image is")
+    result = run("generate", "<image> and <image>?", "--image", image_path)
+    assert_refused(result, "2 places", "1 image is")
 
 
 @pytest.mark.parametrize(
@@ -698,13 +705,13 @@ def test_unknown_option_value(run: Run, options: list[str], words: list[str]) ->
     assert_refused(run("generate", "Draw a cat.", *options), *words)
 
 
-def test_out_folder_that_cannot_be(run: Run, tmp_path: Path) -> None:
+def test_impossible_out_folder(run: Run, tmp_path: Path) -> None:
     """Found before the model is loaded: this model does not exist, and goes unnoticed."""
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "out"
     for name in (out, tmp_path / "file", tmp_path / ("x" * 300)):
-        ran = run("generate", "Draw a cat.", "--out", name, "--model", "nowhere")
-        assert_refused(ran, str(name), "--out")
+        result = run("generate", "Draw a cat.", "--out", name, "--model", "nowhere")
+        assert_refused(result, str(name), "--out")
     assert_refused(run("demo", "--out", out), "--out")
     assert_refused(run("chat", "--out", out, "--model", "nowhere"), "--out")
 
@@ -716,7 +723,7 @@ def test_no_such_command_or_argument(run: Run) -> None:
     assert_refused(run("train", "mini_image_tokenizer", "no_such_field=1"), "no_such_field")
 
 
-def test_codes_that_are_none(run: Run, model: Path, image_path: Path) -> None:
+def test_files_without_codes_are_refused(run: Run, model: Path, image_path: Path) -> None:
     assert_refused(run("decode", "nothing.safetensors"), "nothing.safetensors")
     assert_refused(run("decode", image_path), "red.png", "encode")
     save_codes(Path("far.safetensors"), torch.full((1, 8, 8), 64).numpy())
@@ -728,11 +735,11 @@ def test_many_codes_are_decoded_in_batches(
 ) -> None:
     codes = np.random.default_rng(0).integers(0, 64, (5, 8, 8))
     save_codes(Path("five.npy"), codes)
-    told = run("decode", "five.npy", "-o", "at-once", "--model", model, "--json").json
+    at_once = run("decode", "five.npy", "-o", "at-once", "--model", model, "--json").json
     monkeypatch.setattr("earlyfusion.terminal._DECODED_TOGETHER", 2)
     parts = run("decode", "five.npy", "-o", "in-parts", "--model", model, "--json").json
-    assert len(told["images"]) == 5
-    for one, two in zip(told["images"], parts["images"], strict=True):
+    assert len(at_once["images"]) == 5
+    for one, two in zip(at_once["images"], parts["images"], strict=True):
         assert Path(one).read_bytes() == Path(two).read_bytes()
 
 
@@ -748,8 +755,8 @@ def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("earlyfusion.recipes.run.run", interrupted)
-    ran = run("train", "mini_transformer")
-    assert (ran.code, ran.out, ran.err) == (130, "", "")
+    result = run("train", "mini_transformer")
+    assert (result.code, result.out, result.err) == (130, "", "")
 
 
 def in_shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -762,7 +769,7 @@ def in_shell(command: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_reader_that_goes_away() -> None:
+def test_output_closed_by_its_reader() -> None:
     done = in_shell("earlyfusion --help | true; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stderr) == (141, "")
     done = in_shell("earlyfusion info | head -1; exit ${PIPESTATUS[0]}")
@@ -789,31 +796,31 @@ def test_a_full_disk_under_the_output(
 
 
 def test_terminal_without_utf8(model: Path) -> None:
-    asked = f'earlyfusion generate Say. --output text --seed 3 --model "{model}"'
-    plain = in_shell(asked, PYTHONIOENCODING="ascii")
+    command = f'earlyfusion generate Say. --output text --seed 3 --model "{model}"'
+    plain = in_shell(command, PYTHONIOENCODING="ascii")
     assert (plain.returncode, plain.stderr) == (0, "")
-    told = [in_shell(f"{asked} --json", PYTHONIOENCODING=name) for name in ("ascii", "utf-8")]
-    assert told[0].stdout.isascii()
-    assert json.loads(told[0].stdout) == json.loads(told[1].stdout)
+    printed = [in_shell(f"{command} --json", PYTHONIOENCODING=name) for name in ("ascii", "utf-8")]
+    assert printed[0].stdout.isascii()
+    assert json.loads(printed[0].stdout) == json.loads(printed[1].stdout)
 
 
 def test_json_to_a_stream_without_an_encoding() -> None:
-    with redirect_stdout(StringIO()) as told:
+    with redirect_stdout(StringIO()) as output:
         assert main(["info", "--json"]) == 0
-    assert json.loads(told.getvalue())["model"] == "mini"
+    assert json.loads(output.getvalue())["model"] == "mini"
 
 
 def test_no_command_shows_the_help(run: Run) -> None:
-    ran = run()
-    assert (ran.code, ran.err) == (2, "") and "generate" in ran.out
+    result = run()
+    assert (result.code, result.err) == (2, "") and "generate" in result.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(run: Run, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    ran = run(command, "--help")
-    assert ran.code == 0
-    assert f" earlyfusion {command}" in ran.out.partition("Examples:")[2]
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f" earlyfusion {command}" in result.out.partition("Examples:")[2]
 
 
 def test_version_and_completion(run: Run) -> None:
@@ -853,20 +860,20 @@ def test_completion(
     monkeypatch.setenv("_EARLYFUSION_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"earlyfusion {words}")
     monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
-    ran = run()
-    assert (ran.code, set(ran.out.split())) == (0, offered)
+    result = run()
+    assert (result.code, set(result.out.split())) == (0, offered)
 
 
 def test_help_of_train_names_recipes_and_fields(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    told = run("train", "--help").out
+    help_text = run("train", "--help").out
     for name in RECIPES:
-        assert f" {name}: " in told
-    told = run("train", "finetune", "steps=5", "--help").out
-    assert "earlyfusion train finetune data=captions.jsonl" in told
+        assert f" {name}: " in help_text
+    help_text = run("train", "finetune", "steps=5", "--help").out
+    assert "earlyfusion train finetune data=captions.jsonl" in help_text
     for line in ("precision                    str = fp32", "steps                        int = "):
-        assert f"  {line}" in told
-    assert "Rank of low-rank adapters" in told
+        assert f"  {line}" in help_text
+    assert "Rank of low-rank adapters" in help_text
     assert_refused(run("train", "no_such_recipe", "--help"), "no_such_recipe", "finetune")
 
 
@@ -933,11 +940,11 @@ def test_batch_answers_as_generate_does(
         {"id": "marks", "prompt": "What is <image>?", "images": ["red.png"], "seed": 5},
         {"id": "turns", "prompt": turns},
     )
-    ran = batch("--output", "text", "--max-tokens", 140, "--seed", 10)
-    assert (ran.code, ran.err) == (0, "") and "5 new replies" in ran.out
-    told = replies_in()
-    assert set(told) == {1, "draw", "parts", "marks", "turns"}
-    assert [told[name]["seed"] for name in (1, "draw", "parts", "turns")] == [5, 11, 5, 14]
+    result = batch("--output", "text", "--max-tokens", 140, "--seed", 10)
+    assert (result.code, result.err) == (0, "") and "5 new replies" in result.out
+    replies = replies_in()
+    assert set(replies) == {1, "draw", "parts", "marks", "turns"}
+    assert [replies[name]["seed"] for name in (1, "draw", "parts", "turns")] == [5, 11, 5, 14]
     common = ("--model", model, "--max-tokens", 140, "--json")
     for name, options in (
         (1, ("Say.", "--output", "text", "--seed", 5, "--temperature", 50, "--stop", "z")),
@@ -946,11 +953,11 @@ def test_batch_answers_as_generate_does(
     ):
         alone = run("generate", *options, *common).json
         for key in ("text", "usage", "finish_reason", "seed", "output"):
-            assert told[name][key] == alone[key], (name, key)
-        for actual, expected in zip(told[name]["images"], alone["images"], strict=True):
+            assert replies[name][key] == alone[key], (name, key)
+        for actual, expected in zip(replies[name]["images"], alone["images"], strict=True):
             assert (Path("replies") / actual).read_bytes() == Path(expected).read_bytes()
-    assert told["parts"]["text"] == told["marks"]["text"]
-    assert len(told["draw"]["images"]) == 2
+    assert replies["parts"]["text"] == replies["marks"]["text"]
+    assert len(replies["draw"]["images"]) == 2
     names = {path.name for path in Path("replies").iterdir()}
     assert names == {"replies.jsonl", "pictures"}
 
@@ -982,8 +989,8 @@ def test_batch_refuses_a_bad_line_before_the_start(
     run: Run, line: object, words: list[str]
 ) -> None:
     write_requests({"prompt": "Fine.", "id": "first"}, "", line)
-    ran = run("batch", "in/requests.jsonl", "-o", "replies", "--model", "nowhere")
-    assert_refused(ran, "in/requests.jsonl line 3: ", *words)
+    result = run("batch", "in/requests.jsonl", "-o", "replies", "--model", "nowhere")
+    assert_refused(result, "in/requests.jsonl line 3: ", *words)
     assert not Path("replies").exists()
 
 
@@ -999,9 +1006,9 @@ def test_batch_refuses_other_files_and_folders(run: Run, batch: Batch) -> None:
         assert_refused(batch(out=str(folder)), str(folder), "--out")
         assert {path.read_text() for path in folder.iterdir()} == {text}
     assert_refused(batch(out="in/requests.jsonl"), "in/requests.jsonl", "--out")
-    held = Path("held/replies.jsonl")
-    held.parent.mkdir()
-    with held.open("ab") as file:
+    locked = Path("held/replies.jsonl")
+    locked.parent.mkdir()
+    with locked.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert_refused(batch(out="held"), "held", "another batch")
 
@@ -1015,9 +1022,14 @@ def test_batch_records_what_fails_later_and_tries_it_again(batch: Batch, image_p
         {"prompt": "Fine.", "id": "fine"},
         {"prompt": "word " * 5000, "id": "long"},
     )
-    ran = batch("--output", "text", "--json")
-    assert ran.code == 2 and ran.json == {"path": "replies", "replies": 1, "new": 1, "errors": 2}
-    assert ran.err == f"Error: 2 requests of 3 failed: see {Path('replies/errors.jsonl')}\n"
+    result = batch("--output", "text", "--json")
+    assert result.code == 2 and result.json == {
+        "path": "replies",
+        "replies": 1,
+        "new": 1,
+        "errors": 2,
+    }
+    assert result.err == f"Error: 2 requests of 3 failed: see {Path('replies/errors.jsonl')}\n"
     errors = [json.loads(line) for line in Path("replies/errors.jsonl").read_text().splitlines()]
     assert [(error["id"], error["line"]) for error in errors] == [(1, 1), ("long", 3)]
     assert "PNG" in errors[0]["error"] and "limit 512" in errors[1]["error"]
@@ -1031,20 +1043,20 @@ def test_batch_records_what_fails_later_and_tries_it_again(batch: Batch, image_p
 def test_batch_records_an_answer_that_fails(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     collect, failed = Chameleon.collect, []
 
-    def once(self: Chameleon, events: object) -> Reply:
+    def collect_or_fail_once(self: Chameleon, events: object) -> Reply:
         if not failed:
             failed.append(events)
             raise SettingError("the answer is no number")
         return collect(self, events)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Chameleon, "collect", once)
+    monkeypatch.setattr(Chameleon, "collect", collect_or_fail_once)
     write_requests(*({"prompt": f"Say {number}."} for number in range(3)))
     assert batch("--output", "text").code == 2
     assert len(replies_in()) == 2
     assert "the answer is no number" in Path("replies/errors.jsonl").read_text()
 
 
-def test_batch_goes_on_after_a_line_that_was_cut_short(batch: Batch) -> None:
+def test_batch_resumes_after_a_truncated_line(batch: Batch) -> None:
     lines = [{"prompt": f"Say {number}.", "id": number} for number in range(6)]
     write_requests(*lines)
     common = ("--output", "text", "--max-tokens", 8, "--seed", 0)
@@ -1053,9 +1065,9 @@ def test_batch_goes_on_after_a_line_that_was_cut_short(batch: Batch) -> None:
     path = Path("replies/replies.jsonl")
     data = path.read_bytes()
     path.write_bytes(data[: data.index(b"\n", len(data) // 2) + 20])
-    kept = path.read_bytes().count(b"\n")
-    ran = batch(*common)
-    assert ran.code == 0 and f"{6 - kept} new repl" in ran.out and 0 < kept < 5
+    finished = path.read_bytes().count(b"\n")
+    result = batch(*common)
+    assert result.code == 0 and f"{6 - finished} new repl" in result.out and 0 < finished < 5
     assert replies_in() == replies_in("whole")
     assert "0 new replies" in batch(*common).out
     # The same ids with other requests or options are not the same batch.
@@ -1065,7 +1077,7 @@ def test_batch_goes_on_after_a_line_that_was_cut_short(batch: Batch) -> None:
     assert replies_in() == replies_in("whole")
 
 
-def test_batch_killed_goes_on_without_a_reply_twice(batch: Batch, model: Path) -> None:
+def test_a_killed_batch_resumes_without_repeating_replies(batch: Batch, model: Path) -> None:
     lines = [
         {"prompt": f"Draw {number}.", "output": ("text", "image")[number % 2]}
         for number in range(200)
@@ -1122,7 +1134,7 @@ def test_docs_name_every_command_and_show_no_other(image_path: Path) -> None:
             assert f"`{option.opts[0]}`" in text
 
 
-def test_docs_show_requests_that_a_batch_takes(image_path: Path, tmp_path: Path) -> None:
+def test_docs_show_requests_that_a_batch_accepts(image_path: Path, tmp_path: Path) -> None:
     [requests] = blocks("json")
     write_requests(*requests.splitlines())
     image_path.rename(tmp_path / "in" / "cat.png")
@@ -1132,7 +1144,7 @@ def test_docs_show_requests_that_a_batch_takes(image_path: Path, tmp_path: Path)
     assert [len(job.messages) for job in jobs] == [1, 1, 1, 3]
 
 
-def test_batch_takes_no_field_that_would_be_ignored() -> None:
+def test_batch_refuses_fields_that_would_be_ignored() -> None:
     for name in ("logprobs", "logits_processors"):
         write_requests({"prompt": "a", name: 1})
         with pytest.raises(SettingError, match=f"line 1: its field '{name}' is unknown"):

@@ -59,8 +59,8 @@ def assert_equal_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 def assert_same_shards(one: Path, two: Path) -> None:
     actual, expected = shards_of(one), shards_of(two)
     assert len(actual) == len(expected) > 0
-    for mine, their in zip(actual, expected, strict=True):
-        assert_equal_bits(mine, their)
+    for shard, expected_shard in zip(actual, expected, strict=True):
+        assert_equal_bits(shard, expected_shard)
 
 
 def assert_same_model(one: Loaded, two: Loaded) -> None:
@@ -103,19 +103,19 @@ def save_tiny(folder: Path, **changes: Any) -> None:
 class TestRoundTrips:
     @pytest.mark.parametrize("name", MODELS)
     def test_meta_to_hf_to_meta(self, golden: Path, tmp_path: Path, name: str) -> None:
-        source, hf, back = golden / "models" / name, tmp_path / "hf", tmp_path / "meta"
+        source, hf, again = golden / "models" / name, tmp_path / "hf", tmp_path / "meta"
         convert(source, hf, "hf", shards=3)
         assert_same_model(load(hf), load(source))
         assert_meta_s_logits(golden, name, hf)
-        convert(hf, back, "meta")
-        assert_same_shards(back, source)
-        assert_same_model(load(back), load(source))
-        assert_meta_s_logits(golden, name, back)
-        kept = torch.load(golden / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
-        written = torch.load(back / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
-        assert_equal_bits(written, {k: v for k, v in kept.items() if not k.startswith("loss.")})
+        convert(hf, again, "meta")
+        assert_same_shards(again, source)
+        assert_same_model(load(again), load(source))
+        assert_meta_s_logits(golden, name, again)
+        original = torch.load(golden / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
+        written = torch.load(again / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
+        assert_equal_bits(written, {k: v for k, v in original.items() if not k.startswith("loss.")})
         text = (golden / "tokenizer" / "text_tokenizer.json").read_bytes()
-        assert (back / "tokenizer" / "text_tokenizer.json").read_bytes() == text
+        assert (again / "tokenizer" / "text_tokenizer.json").read_bytes() == text
 
     def test_any_number_of_shards(self, golden: Path, tmp_path: Path) -> None:
         folder = golden / "models" / "tiny_1"
@@ -178,10 +178,10 @@ class TestAsMetaReadsIt:
         original = json.loads((folder / "params.json").read_text())["model"]
         width = inner_width(original)
         assert inner_width(params) == width
-        alike = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta", "swin_norm")
-        assert {name: params[name] for name in alike} == {name: original[name] for name in alike}
-        overruling = json.loads((tmp_path / "copy" / "consolidate_params.json").read_text())
-        assert overruling == {"model_parallel_size": 2, "vocab_size": 1280}
+        shared = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta", "swin_norm")
+        assert {name: params[name] for name in shared} == {name: original[name] for name in shared}
+        overrides = json.loads((tmp_path / "copy" / "consolidate_params.json").read_text())
+        assert overrides == {"model_parallel_size": 2, "vocab_size": 1280}
         assert "rope.freqs" in shards_of(tmp_path / "copy")[0]
 
     @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ class TestWholeOrNot:
                 convert(tiny, tmp_path / "out", to, progress=stop)
         assert sorted(tmp_path.iterdir()) == before
 
-    def test_a_failure_removes_the_folders_it_made(self, tiny: Path, tmp_path: Path) -> None:
+    def test_a_failure_removes_the_folders_that_it_made(self, tiny: Path, tmp_path: Path) -> None:
         (tmp_path / "there").mkdir()
         before = sorted(tmp_path.rglob("*"))
 
@@ -269,17 +269,17 @@ class TestWholeOrNot:
         self, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         target = tmp_path / "out"
-        stranger, other_machine = tmp_path / ".out.a1b2c3d4", tmp_path / ".out.earlyfusion-0.x"
-        for folder in (stranger, other_machine):
+        unrelated, other_machine = tmp_path / ".out.a1b2c3d4", tmp_path / ".out.earlyfusion-0.x"
+        for folder in (unrelated, other_machine):
             folder.mkdir()
         with self.converting(tiny, target, "os._exit(9)") as process:
             assert process.wait() == 9
-        [dead] = set(tmp_path.glob(".out.*")) - {stranger, other_machine}
+        [dead] = set(tmp_path.glob(".out.*")) - {unrelated, other_machine}
         with self.converting(tiny, target, "print(flush=True), time.sleep(600)") as process:
             try:
                 assert process.stdout is not None and process.stdout.readline() == "\n"
                 assert not dead.exists()  # the second run took it away
-                [alive] = set(tmp_path.glob(".out.*")) - {stranger, other_machine}
+                [alive] = set(tmp_path.glob(".out.*")) - {unrelated, other_machine}
                 convert(tiny, target, "hf")
                 assert alive.exists()
                 assert capsys.readouterr().err == ""
@@ -288,7 +288,7 @@ class TestWholeOrNot:
         shutil.rmtree(target)
         convert(tiny, target, "hf")
         assert f"removed {alive}, left by a run that was killed" in capsys.readouterr().err
-        assert set(tmp_path.glob(".out.*")) == {stranger, other_machine}
+        assert set(tmp_path.glob(".out.*")) == {unrelated, other_machine}
 
     def test_the_only_copy_of_a_model_is_not_removed(self, tiny: Path, tmp_path: Path) -> None:
         """Killed between two renames, a save leaves the old model under a hidden name."""
@@ -304,7 +304,7 @@ class TestWholeOrNot:
             pass
         assert not old.exists()
 
-    def test_killed_it_leaves_no_model(self, tiny: Path, tmp_path: Path) -> None:
+    def test_a_killed_conversion_leaves_no_model(self, tiny: Path, tmp_path: Path) -> None:
         script = (
             "import os, pathlib, sys; from earlyfusion.checkpoints.convert import convert; "
             "convert(sys.argv[1], pathlib.Path(sys.argv[2]), 'hf', "
@@ -364,7 +364,7 @@ class TestValues:
         assert kept.dtype == torch.bfloat16 and torch.equal(kept.to(dtype), tensors[name])
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
-    def test_what_is_no_type_of_weights(
+    def test_unknown_dtypes_of_weights_are_refused(
         self, tiny: Path, tmp_path: Path, dtype: torch.dtype
     ) -> None:
         tensors = load_file(tiny / "model.safetensors")
@@ -374,7 +374,7 @@ class TestValues:
             with pytest.raises(CheckpointError, match=r"holds model\.norm\.weight as torch"):
                 read()
 
-    def test_a_dtype_that_is_too_narrow(self, tiny: Path, tmp_path: Path) -> None:
+    def test_a_dtype_that_is_too_narrow_is_refused(self, tiny: Path, tmp_path: Path) -> None:
         tensors = load_file(tiny / "model.safetensors")
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000
         save_file(tensors, tiny / "model.safetensors")
@@ -382,7 +382,7 @@ class TestValues:
             convert(tiny, tmp_path / "out", "hf", dtype=torch.float16)
         convert(tiny, tmp_path / "out", "hf", dtype=torch.bfloat16)
 
-    def test_info_tells(
+    def test_info_reports_them(
         self, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["info", str(broken)]) == 0
@@ -399,8 +399,8 @@ class TestValues:
         tensors = load_file(tiny / "model.safetensors")
         tensors["model.vqmodel.quant_conv.bias"][0] = torch.nan
         save_file(tensors, tiny / "model.safetensors")
-        said = "no: 1 value is NaN or infinite (1 in model.vqmodel.quant_conv.bias)"
-        assert summarize(tiny).finite == said
+        sentence = "no: 1 value is NaN or infinite (1 in model.vqmodel.quant_conv.bias)"
+        assert summarize(tiny).finite == sentence
 
 
 class TestChecklists:
@@ -421,10 +421,10 @@ class TestChecklists:
         self, meta: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         self.flip(meta / name)
-        said = rf"{Path(name).name} is not what checklist\.chk says.*--no-verify"
-        with pytest.raises(CheckpointError, match=said):
+        message = rf"{Path(name).name} is not what checklist\.chk says.*--no-verify"
+        with pytest.raises(CheckpointError, match=message):
             Chameleon.load(meta)
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             convert(meta, tmp_path / "out", "hf")
         assert Chameleon.load(meta, verify=False).config.hidden_size == CONFIG.hidden_size
         convert(meta, tmp_path / "out", "hf", verify=False)
@@ -438,41 +438,43 @@ class TestChecklists:
             "--model",
             str(meta),
         ]
-        chatted = ["chat", "--output", "text", "--max-tokens", "1", "--model", str(meta)]
-        for command in (["info", str(meta)], requests, chatted):
+        chat = ["chat", "--output", "text", "--max-tokens", "1", "--model", str(meta)]
+        for command in (["info", str(meta)], requests, chat):
             assert main(command) == 2
             assert "checklist.chk" in capsys.readouterr().err
         assert main(["info", str(meta), "--no-verify"]) == 0
         assert main([*requests, "--no-verify"]) == 0
 
-    def test_an_added_image_tokenizer_too(self, tiny: Path, meta: Path, tmp_path: Path) -> None:
+    def test_an_added_image_tokenizer_is_verified_too(
+        self, tiny: Path, meta: Path, tmp_path: Path
+    ) -> None:
         self.flip(meta / "tokenizer" / "vqgan.ckpt")
-        for place in (meta / "tokenizer", meta / "tokenizer" / "vqgan.ckpt"):
+        for path in (meta / "tokenizer", meta / "tokenizer" / "vqgan.ckpt"):
             with pytest.raises(CheckpointError, match=r"vqgan\.ckpt is not what"):
-                convert(tiny, tmp_path / "out", "hf", image_tokenizer=place)
+                convert(tiny, tmp_path / "out", "hf", image_tokenizer=path)
 
-    def test_large_files_are_summed_once(
+    def test_large_files_are_hashed_once(
         self, meta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        summed: list[str] = []
+        hashed: list[str] = []
         md5 = checklist._md5
 
-        def counted(path: Path) -> str:
-            summed.append(path.name)
+        def recording_md5(path: Path) -> str:
+            hashed.append(path.name)
             return md5(path)
 
-        monkeypatch.setattr(checklist, "_md5", counted)
+        monkeypatch.setattr(checklist, "_md5", recording_md5)
         monkeypatch.setattr(checklist, "_CACHED_FROM", 100_000)
         load(meta)
-        assert "consolidated.pth" in summed and "params.json" in summed
-        summed.clear()
+        assert "consolidated.pth" in hashed and "params.json" in hashed
+        hashed.clear()
         load(meta)
-        assert "params.json" in summed and "consolidated.pth" not in summed
+        assert "params.json" in hashed and "consolidated.pth" not in hashed
         weights = meta / "consolidated.pth"
         self.flip(weights)
         with pytest.raises(CheckpointError, match="is not what"):
             load(meta)
-        assert "consolidated.pth" in summed
+        assert "consolidated.pth" in hashed
         (tmp_path / "cache" / "earlyfusion" / "checklists.json").write_text("[")
         self.flip(weights)
         assert load(meta).config.hidden_size == CONFIG.hidden_size
@@ -540,7 +542,7 @@ class TestMistakes:
             convert(tiny, tmp_path / "out", "meta")
 
     @pytest.mark.parametrize(
-        ("change", "named"),
+        ("change", "name"),
         [
             ({"mlp_bias": True}, "mlp_bias"),
             ({"attention_bias": True}, "attention_bias"),
@@ -548,11 +550,11 @@ class TestMistakes:
             ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ],
     )
-    def test_what_meta_has_no_place_for(
-        self, tmp_path: Path, change: dict[str, Any], named: str
+    def test_meta_s_format_cannot_hold_everything(
+        self, tmp_path: Path, change: dict[str, Any], name: str
     ) -> None:
         save_tiny(tmp_path / "other", **change)
-        with pytest.raises(CheckpointError, match=f"no place for {named}: convert to hf"):
+        with pytest.raises(CheckpointError, match=f"no place for {name}: convert to hf"):
             convert(tmp_path / "other", tmp_path / "out", "meta")
 
     def test_another_activation_is_kept(self, tmp_path: Path) -> None:
@@ -582,14 +584,14 @@ class TestMistakes:
 
     def test_a_parent_that_cannot_be_written_to(self, tiny: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        for place in (Path("/proc/models/out"), tmp_path / "file" / "out"):
-            with pytest.raises(CheckpointError, match=rf"{place} cannot be written \("):
-                convert(tiny, place, "hf")
+        for target in (Path("/proc/models/out"), tmp_path / "file" / "out"):
+            with pytest.raises(CheckpointError, match=rf"{target} cannot be written \("):
+                convert(tiny, target, "hf")
 
     @pytest.mark.parametrize("count", [9, 12_300, 1_100_000, 14_200_000_000])
     def test_sizes_in_words(self, count: int) -> None:
-        said = {9: "9 bytes", 12_300: "12.3 kB", 1_100_000: "1.1 MB", 14_200_000_000: "14.2 GB"}
-        assert _size(count) == said[count]
+        words = {9: "9 bytes", 12_300: "12.3 kB", 1_100_000: "1.1 MB", 14_200_000_000: "14.2 GB"}
+        assert _size(count) == words[count]
 
     @pytest.mark.parametrize("to", ["hf", "meta"])
     @pytest.mark.parametrize(
@@ -646,18 +648,18 @@ class TestMistakes:
     def test_ids_of_a_tokenizer_in_another_order(self, tiny: Path, tmp_path: Path) -> None:
         data = json.loads((tiny / "tokenizer.json").read_text())
         vocab = data["model"]["vocab"]
-        swapped = {"<s>": vocab["</s>"], "</s>": vocab["<pad>"], "<pad>": vocab["<s>"]}
-        vocab |= swapped
+        new_ids = {"<s>": vocab["</s>"], "</s>": vocab["<pad>"], "<pad>": vocab["<s>"]}
+        vocab |= new_ids
         for entry in data["added_tokens"]:
-            entry["id"] = swapped.get(entry["content"], entry["id"])
+            entry["id"] = new_ids.get(entry["content"], entry["id"])
         (tiny / "tokenizer.json").write_text(json.dumps(data))
         convert(tiny, tmp_path / "meta", "meta")
         convert(tmp_path / "meta", tmp_path / "hf", "hf")
         config = load(tmp_path / "hf").config
         ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
-        assert ids == (swapped["<s>"], swapped["</s>"], swapped["<pad>"])
+        assert ids == (new_ids["<s>"], new_ids["</s>"], new_ids["<pad>"])
 
-    def test_papers_go_along(self, tiny: Path, tmp_path: Path) -> None:
+    def test_card_and_notices_are_copied(self, tiny: Path, tmp_path: Path) -> None:
         papers = {"README.md": "# Tiny", "NOTICE.md": "Made of", "LICENSE": "Apache"}
         for name, text in papers.items():
             (tiny / name).write_text(text)
@@ -685,7 +687,7 @@ NORM = "model.layers.0.self_attn.q_norm.weight"
 
 class TestImageTokenizers:
     @pytest.fixture
-    def bare(self, tiny: Path, tmp_path: Path) -> Path:
+    def without_vqgan(self, tiny: Path, tmp_path: Path) -> Path:
         """The model without any VQ-GAN, as Lumina's files are."""
         return self.without(tiny, tmp_path / "bare", "model.vqmodel.")
 
@@ -696,8 +698,8 @@ class TestImageTokenizers:
         save_file(tensors, target / "model.safetensors")
         return target
 
-    def test_without_one_text_works(self, bare: Path) -> None:
-        model = Chameleon.load(bare)
+    def test_without_one_text_works(self, without_vqgan: Path) -> None:
+        model = Chameleon.load(without_vqgan)
         assert model.generate("Hello", output="text", seed=0).usage.completion_tokens > 0
         assert not model.can_draw
         with pytest.raises(CheckpointError, match="no VQ decoder"):
@@ -707,27 +709,27 @@ class TestImageTokenizers:
             model.generate(["What?", image], output="text")
         with pytest.raises(CheckpointError, match="no image tokenizer"):
             model.image_tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
-        assert summarize(bare).parameters["image_tokenizer"] == 0
+        assert summarize(without_vqgan).parameters["image_tokenizer"] == 0
         assert model.to("cpu").image_tokenizer.device.type == "cpu"
         assert not model.image_tokenizer.vqgan.state_dict()
 
-    def test_saved_again_it_still_has_none(self, bare: Path, tmp_path: Path) -> None:
-        loaded = load(bare)
-        text = (bare / "tokenizer.json").read_text()
+    def test_saved_again_it_still_has_none(self, without_vqgan: Path, tmp_path: Path) -> None:
+        loaded = load(without_vqgan)
+        text = (without_vqgan / "tokenizer.json").read_text()
         save_hf(tmp_path / "again", loaded.transformer, loaded.vqgan, text, {})
         assert not any("vqmodel" in n for n in load_file(tmp_path / "again" / "model.safetensors"))
 
-    def test_one_is_added(self, tiny: Path, bare: Path, tmp_path: Path) -> None:
+    def test_one_is_added(self, tiny: Path, without_vqgan: Path, tmp_path: Path) -> None:
         convert(tiny, tmp_path / "meta", "meta")
-        places = [
+        sources = [
             tiny,
             tmp_path / "meta",
             tmp_path / "meta" / "tokenizer",
             tmp_path / "meta" / "tokenizer" / "vqgan.ckpt",
         ]
-        for number, place in enumerate(places):
+        for number, source in enumerate(sources):
             target = tmp_path / f"whole-{number}"
-            convert(bare, target, "hf", image_tokenizer=place)
+            convert(without_vqgan, target, "hf", image_tokenizer=source)
             assert_same_model(load(target), load(tiny))
 
     def test_a_decoder_is_added(self, tiny: Path, tmp_path: Path) -> None:
@@ -740,17 +742,17 @@ class TestImageTokenizers:
             convert(half, tmp_path / "meta", "meta")
 
     def test_another_codebook_is_refused(self, tiny: Path, tmp_path: Path, golden: Path) -> None:
-        strange = tmp_path / "strange"
-        shutil.copytree(tiny, strange)
-        tensors = load_file(strange / "model.safetensors")
+        other = tmp_path / "strange"
+        shutil.copytree(tiny, other)
+        tensors = load_file(other / "model.safetensors")
         tensors["model.vqmodel.quantize.embedding.weight"] += 1
-        save_file(tensors, strange / "model.safetensors")
+        save_file(tensors, other / "model.safetensors")
         with pytest.raises(CheckpointError, match="their codebooks differ"):
-            convert(tiny, tmp_path / "out", "hf", image_tokenizer=strange)
+            convert(tiny, tmp_path / "out", "hf", image_tokenizer=other)
 
     def test_a_codebook_of_another_shape_is_refused(self, tiny: Path, tmp_path: Path) -> None:
-        narrow = replace(CONFIG.vq_config, embed_dim=CONFIG.vq_config.embed_dim // 2)
-        save_tiny(tmp_path / "narrow", vq_config=narrow)
+        narrower = replace(CONFIG.vq_config, embed_dim=CONFIG.vq_config.embed_dim // 2)
+        save_tiny(tmp_path / "narrow", vq_config=narrower)
         with pytest.raises(CheckpointError, match="their codebooks differ"):
             convert(tiny, tmp_path / "out", "hf", image_tokenizer=tmp_path / "narrow")
 
@@ -762,37 +764,39 @@ class TestImageTokenizers:
         ],
     )
     def test_other_codes_are_refused(
-        self, bare: Path, tmp_path: Path, change: dict[str, Any], words: str
+        self, without_vqgan: Path, tmp_path: Path, change: dict[str, Any], words: str
     ) -> None:
         save_tiny(tmp_path / "other", vq_config=replace(CONFIG.vq_config, **change))
         with pytest.raises(CheckpointError, match=words):
-            convert(bare, tmp_path / "out", "hf", image_tokenizer=tmp_path / "other")
+            convert(without_vqgan, tmp_path / "out", "hf", image_tokenizer=tmp_path / "other")
 
     def test_a_model_without_an_image_tokenizer_has_none_to_copy(
-        self, tiny: Path, bare: Path, tmp_path: Path
+        self, tiny: Path, without_vqgan: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(CheckpointError, match="bare holds no image tokenizer"):
-            convert(tiny, tmp_path / "out", "hf", image_tokenizer=bare)
+            convert(tiny, tmp_path / "out", "hf", image_tokenizer=without_vqgan)
 
-    def test_another_size_is_refused(self, bare: Path, tmp_path: Path, golden: Path) -> None:
+    def test_another_size_is_refused(
+        self, without_vqgan: Path, tmp_path: Path, golden: Path
+    ) -> None:
         with pytest.raises(CheckpointError, match=r"makes 1 x 1 codes of 512.*expects 8 x 8 of 64"):
-            convert(bare, tmp_path / "out", "hf", image_tokenizer=golden / "tokenizer")
+            convert(without_vqgan, tmp_path / "out", "hf", image_tokenizer=golden / "tokenizer")
 
 
 class TestAnole:
-    """Its fork of transformers keeps one QK-norm a layer and Meta's order of rotary pairs."""
+    """Its fork of transformers has one QK-norm per layer and Meta's order of rotary pairs."""
 
-    def early(self, tiny: Path, folder: Path) -> Path:
+    def early_fork(self, tiny: Path, folder: Path) -> Path:
         shutil.copytree(tiny, folder)
         (folder / "model.safetensors").unlink()
-        early = {}
+        tensors = {}
         for name, value in load_file(tiny / "model.safetensors").items():
             if "q_proj" in name or "k_proj" in name:
                 value = rotate(value, CONFIG.head_dim)
             if "q_norm" in name or "k_norm" in name:
                 value = rotate(value[0], CONFIG.head_dim)
-            early[name] = value
-        torch.save(early, folder / "pytorch_model.bin")
+            tensors[name] = value
+        torch.save(tensors, folder / "pytorch_model.bin")
         return folder
 
     def test_its_names_and_order(self, tiny: Path, tmp_path: Path) -> None:
@@ -801,7 +805,7 @@ class TestAnole:
             if "_norm.weight" in name or "_norm.bias" in name:
                 value.copy_(torch.rand(value.shape[-1], generator=torch.Generator().manual_seed(1)))
         save_file(tensors, tiny / "model.safetensors")
-        folder = self.early(tiny, tmp_path / "early")
+        folder = self.early_fork(tiny, tmp_path / "early")
         assert detect(folder) == "anole"
         assert_same_model(load(folder), load(tiny))
         convert(folder, tmp_path / "hf", "hf")
@@ -809,7 +813,7 @@ class TestAnole:
         assert_same_model(load(tmp_path / "hf"), load(tiny))
 
     def test_heads_of_another_width(self, tiny: Path, tmp_path: Path) -> None:
-        folder = self.early(tiny, tmp_path / "early")
+        folder = self.early_fork(tiny, tmp_path / "early")
         data = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 8}
         (folder / "config.json").write_text(json.dumps(data))
         with pytest.raises(CheckpointError, match=r"wrong shapes|another width"):
@@ -860,9 +864,9 @@ class TestLumina:
 
     @pytest.mark.parametrize(("grid", "tokens"), [(32, 1060), (48, 2356), (64, 4164)])
     def test_its_images_are_longer(self, grid: int, tokens: int) -> None:
-        spelled = layout(grid)
-        assert spelled.num_tokens == tokens
-        assert spelled.head[1:] == (f"<reserved0{8800 + grid // 2}>",) * 2
+        image_layout = layout(grid)
+        assert image_layout.num_tokens == tokens
+        assert image_layout.head[1:] == (f"<reserved0{8800 + grid // 2}>",) * 2
 
     def test_an_odd_grid_has_no_size_token(self) -> None:
         with pytest.raises(CheckpointError, match="7 x 7 codes has no size token"):
@@ -885,12 +889,14 @@ class TestLumina:
         assert reply.usage.completion_tokens == 8 * 9 + 4
         ids = model.processor.layout.spell(np.zeros((8, 8), int), model.processor.vocabulary)
         names = {i: name for name, i in model.processor.vocabulary.names.items()}
-        spelled = [names[i] for i in ids]
-        assert spelled[:3] == ["<racm3:break>", "<reserved08804>", "<reserved08804>"]
-        assert spelled[11::9] == ["<reserved08799>"] * 8
-        assert spelled[-1] == "<eoss>"
+        tokens = [names[i] for i in ids]
+        assert tokens[:3] == ["<racm3:break>", "<reserved08804>", "<reserved08804>"]
+        assert tokens[11::9] == ["<reserved08799>"] * 8
+        assert tokens[-1] == "<eoss>"
 
-    def test_meta_has_no_place_for_it(self, folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    def test_meta_s_format_cannot_hold_its_layout(
+        self, folder: Path, tokenizer: Path, tmp_path: Path
+    ) -> None:
         with pytest.raises(CheckpointError, match="no place for the size tokens of Lumina"):
             convert(folder, tmp_path / "m", "meta", tokenizer=tokenizer, image_tokenizer=tokenizer)
 
@@ -906,14 +912,14 @@ def config_of(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(data | changes))
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
 EXTRA = {"extra.weight": torch.zeros(1)}
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "weights cut": lambda f: cut(f / "model.safetensors", 900_000),
-    "weights empty": lambda f: cut(f / "model.safetensors", 0),
+    "weights truncated": lambda f: truncate(f / "model.safetensors", 900_000),
+    "weights empty": lambda f: truncate(f / "model.safetensors", 0),
     "weights of noise": lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4096),
     "no weights": lambda f: (f / "model.safetensors").unlink(),
     "no such shard": lambda f: (f / "model.safetensors.index.json").write_text(
@@ -927,7 +933,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no VQ weights but one": lambda f: tensors_of(
         f, lambda t: [t.pop(n) for n in [*t] if "vqmodel.encoder" in n]
     ),
-    "config is no JSON": lambda f: cut(f / "config.json", 100),
+    "config is no JSON": lambda f: truncate(f / "config.json", 100),
     "config is a list": lambda f: (f / "config.json").write_text("[]"),
     "no config": lambda f: (f / "config.json").unlink(),
     "more layers": lambda f: config_of(f, num_hidden_layers=9),
@@ -936,16 +942,16 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "another width": lambda f: config_of(f, hidden_size=64),
     "another vocabulary": lambda f: config_of(f, vocab_size=77),
     "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
-    "tokenizer is no JSON": lambda f: cut(f / "tokenizer.json", 1000),
+    "tokenizer is no JSON": lambda f: truncate(f / "tokenizer.json", 1000),
     "tokenizer is empty": lambda f: (f / "tokenizer.json").write_text("{}"),
-    "settings are no JSON": lambda f: cut(f / "generation_config.json", 3),
-    "processor is no JSON": lambda f: cut(f / "processor_config.json", 3),
+    "settings are no JSON": lambda f: truncate(f / "generation_config.json", 3),
+    "processor is no JSON": lambda f: truncate(f / "processor_config.json", 3),
 }
 META_DAMAGE: dict[str, Callable[[Path], object]] = {
-    "shard cut": lambda f: cut(f / "consolidated.00.pth", 5000),
+    "shard truncated": lambda f: truncate(f / "consolidated.00.pth", 5000),
     "first shard missing": lambda f: (f / "consolidated.00.pth").unlink(),
     "second shard missing": lambda f: (f / "consolidated.01.pth").unlink(),
-    "params are no JSON": lambda f: cut(f / "params.json", 9),
+    "params are no JSON": lambda f: truncate(f / "params.json", 9),
     "params are empty": lambda f: (f / "params.json").write_text("{}"),
     "no VQ weights": lambda f: (f / "tokenizer" / "vqgan.ckpt").unlink(),
     "VQ config is no YAML": lambda f: (f / "tokenizer" / "vqgan.yaml").write_text("{"),
@@ -959,7 +965,7 @@ META_DAMAGE: dict[str, Callable[[Path], object]] = {
 class TestDamage:
     """A damaged model gives one sentence and exit code 2, and no copy of it appears."""
 
-    def said(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def assert_refused(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         target = folder.parent / "copy"
         load = ["generate", "Hello", "--output", "text", "--max-tokens", "1", "--model"]
         for command in (
@@ -979,7 +985,7 @@ class TestDamage:
         self, tiny: Path, kind: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         DAMAGE[kind](tiny)
-        self.said(tiny, capsys)
+        self.assert_refused(tiny, capsys)
 
     @pytest.mark.parametrize("kind", META_DAMAGE)
     def test_meta_s_layout(
@@ -987,24 +993,24 @@ class TestDamage:
     ) -> None:
         convert(tiny, tmp_path / "meta", "meta", shards=2)
         META_DAMAGE[kind](tmp_path / "meta")
-        self.said(tmp_path / "meta", capsys)
+        self.assert_refused(tmp_path / "meta", capsys)
 
 
 class TestCommand:
-    def test_there_and_back(
+    def test_hf_to_meta_to_hf(
         self, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        meta, back = str(tmp_path / "meta"), str(tmp_path / "back")
+        meta, again = str(tmp_path / "meta"), str(tmp_path / "back")
         arguments = ["convert", str(tiny), meta, "--to", "meta", "--shards", "2", "--json"]
         assert main(arguments) == 0
-        said = json.loads(capsys.readouterr().out)
-        assert said["layout"] == "meta"
+        result = json.loads(capsys.readouterr().out)
+        assert result["layout"] == "meta"
         assert {"consolidated.00.pth", "consolidated.01.pth", "tokenizer/vqgan.ckpt"} <= set(
-            said["file_bytes"]
+            result["file_bytes"]
         )
-        assert main(["convert", meta, back, "--to", "hf", "--dtype", "float32"]) == 0
+        assert main(["convert", meta, again, "--to", "hf", "--dtype", "float32"]) == 0
         assert "model.safetensors" in capsys.readouterr().out
-        assert_same_model(load(Path(back)), load(tiny))
+        assert_same_model(load(Path(again)), load(tiny))
 
     def test_a_mistake_is_a_sentence(
         self, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

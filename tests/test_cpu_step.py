@@ -293,10 +293,10 @@ def test_no_token_is_sampled_from_logits_that_are_not_finite() -> None:
     logits[4] = -torch.inf
     uniform = torch.full((6,), 0.5, dtype=torch.float64)
     for temperature in (0.0, 1.0):
-        generated = draw(
+        generated = sample_rows(
             step, logits, SamplingTensors.of([(temperature, 0, 0.9, 0.0, 1.0)] * 6), uniform
         )
-        alone = draw(
+        alone = sample_rows(
             step, good, SamplingTensors.of([(temperature, 0, 0.9, 0.0, 1.0)] * 2), uniform[:2]
         )
         assert generated.tolist() == [alone[0], -1, -1, -1, -1, alone[1]]
@@ -320,10 +320,10 @@ def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
         assert torch.equal(part(states), full[:, first:last])
 
 
-def draw(
+def sample_rows(
     step: CpuStep, logits: torch.Tensor, settings: SamplingTensors, uniform: torch.Tensor
 ) -> torch.Tensor:
-    """One draw a row, without guidance or a mask."""
+    """One token per row, without guidance or a mask."""
     row_bytes, columns = 4 * logits.stride(0), logits.shape[1]
     warps = torch.stack([settings.temperature_B, settings.top_p_B, settings.min_p_B]).T.tolist()
     choices = [
@@ -336,7 +336,7 @@ def draw(
 
 
 @needs_compiler
-def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
+def test_sampling_combines_conditions_then_masks_then_penalises() -> None:
     """In rows of a wider matrix, as many as leave a rest behind vectors."""
     shape = config(64, 4, 4, 100)
     step = Paged(shape, 1, 4).step(random_model(shape, 1), 32)
@@ -400,18 +400,20 @@ def test_sampled_tokens_equal_the_samplers(levels: int) -> None:
             logits[torch.rand(logits.shape) < 0.2] = -torch.inf
         settings, uniform = SamplingTensors.of(rows), torch.rand(len(rows), dtype=torch.float64)
         uniform[::50], uniform[1::50] = 0, 1 - 2**-53
-        generated = draw(step, logits, settings, uniform)
+        generated = sample_rows(step, logits, settings, uniform)
         left = warp(logits, settings)
         assert torch.isfinite(left[torch.arange(len(rows)), generated]).float().mean() > 0.995
         equal += int((generated == pick(left, uniform)).sum())
         total += len(rows)
     # The two add up in different orders: where top_p cuts exactly at a sum, one token may differ.
     assert equal >= 0.99 * total
-    greedy = draw(step, logits, SamplingTensors.of([(0.0, *row[1:]) for row in rows]), uniform)
+    greedy = sample_rows(
+        step, logits, SamplingTensors.of([(0.0, *row[1:]) for row in rows]), uniform
+    )
     assert torch.equal(greedy, logits.argmax(-1))
     plain = SamplingTensors.of([(1.0, 0, 1.0, 0.0, 1.0)] * 500)
     logits, uniform = torch.randn(500, 700), torch.rand(500, dtype=torch.float64)
-    assert torch.equal(draw(step, logits, plain, uniform), pick(logits, uniform))
+    assert torch.equal(sample_rows(step, logits, plain, uniform), pick(logits, uniform))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -452,7 +454,8 @@ def test_packing_keeps_the_weights_up_to_a_step_of_the_scale(bits: int, most: fl
 def test_structures_have_the_same_fields_in_both_languages() -> None:
     """The sizes are compared at load; names and order here."""
     folder = Path(cpu_step.__file__).parent
-    text = "".join((folder / name).read_text() for name in ("cpu_step.cpp", "draw.h", "operands.h"))
+    files = ("cpu_step.cpp", "sampling.h", "operands.h")
+    text = "".join((folder / name).read_text() for name in files)
     for name in ("Matrix", "Layer", "Model", "Choice"):
         (body,) = re.findall(
             rf"^struct {name} {{\n(.*?)^(?:}};|\n)", text, re.DOTALL | re.MULTILINE
@@ -471,8 +474,8 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
     header.write_text('#pragma once\n#include "c.h"\n#include "b.h"\n')
     assert [path.name for path in native.sources(Path(cpu_step.__file__).with_suffix(".cpp"))] == [
         "cpu_step.cpp",
-        "draw.h",
         "gemm.h",
+        "sampling.h",
         "simd.h",
         "gemm_avx2_blocked.h",
         "gemm_avx2_int16.h",

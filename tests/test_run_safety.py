@@ -1,4 +1,4 @@
-"""A run that goes wrong: bad steps, kills while it saves, and what it tells of itself."""
+"""A run that goes wrong: bad steps, kills while it saves, and what it reports."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.train.watch import Watch, WatchConfig
 
 
-@pytest.mark.parametrize("how", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_one_process_recomputes_and_compiles_if_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, device: torch.device
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str, device: torch.device
 ) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call) or call)
-    for name, parallel in (("plain", "none"), ("told", how)):
+    for name, parallel in (("plain", "none"), ("set", checkpointing)):
         run = RunConfig(
             tmp_path / name,
             3,
             device=str(device),
             log_every=1,
-            compile=name == "told",
+            compile=name == "set",
             parallel=ParallelConfig(checkpointing=parallel),
         )
         train(Spoiled(lambda *_: 1.0), run, OPTIM)
-    rows = [[row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "told")]
+    rows = [[row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "set")]
     assert_same_losses(rows[1], rows[0], device)
     assert len(compiled) == MODEL.num_hidden_layers
 
@@ -70,13 +70,13 @@ def test_one_process_recomputes_and_compiles_if_set(
 class Spoiled(LanguageTask):
     """Its loss is spoiled from document `begin` to `end`, or wherever `when` says."""
 
-    def __init__(self, spoil: Callable[[int, int], float]) -> None:
+    def __init__(self, factor: Callable[[int, int], float]) -> None:
         torch.manual_seed(0)
         model = Transformer(MODEL, dropout=0.1)
         model.init_weights()
         super().__init__(model, Packer(document, RoleWeights(), rows=2, length=LENGTH, pad=1))
         self.cursors: list[int] = []
-        self._spoil = spoil
+        self._spoil = factor
 
     def loss(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
         self.cursors.append(self._packer.cursor)
@@ -129,7 +129,7 @@ def test_a_spike_is_skipped_once_the_mean_is_known() -> None:
     assert Watch(WatchConfig()).judge(0, 1e9, 1.0)
 
 
-def test_several_bad_steps_send_the_run_back_past_their_documents(
+def test_several_bad_steps_roll_back_and_skip_their_documents(
     tmp_path: Path, device: torch.device
 ) -> None:
     """Documents 30 to 49 give no number: the run goes round them and ends."""
@@ -159,10 +159,10 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path: Path, device: torch.devic
 
 def test_growth_of_the_output_is_reported(tmp_path: Path) -> None:
     watch = Watch(WatchConfig(growth=2.0))
-    said = [watch.signs({"output_norm": 1.0 + step / 10}) for step in range(40)]
-    told = [step for step, sentences in enumerate(said) if sentences]
-    assert 10 < told[0] < 20 and 1 <= len(told) <= 2
-    assert "output_norm grew from 1 to 2" in said[told[0]][0]
+    notes_of_step = [watch.signs({"output_norm": 1.0 + step / 10}) for step in range(40)]
+    noted_steps = [step for step, sentences in enumerate(notes_of_step) if sentences]
+    assert 10 < noted_steps[0] < 20 and 1 <= len(noted_steps) <= 2
+    assert "output_norm grew from 1 to 2" in notes_of_step[noted_steps[0]][0]
     assert not any(watch.signs({"top_logit": math.nan, "loss": 9.0}) for _ in range(9))
 
 
@@ -179,7 +179,7 @@ def test_the_output_norm_is_that_of_the_last_block(tmp_path: Path) -> None:
 
 def _kill_while_saving(run: Path, kills: int, seed: int) -> None:
     """Kill a process that does nothing but save, at random moments, and read what is left."""
-    chance, newest = random.Random(seed), 0
+    generator, newest = random.Random(seed), 0
     script = Path(__file__).with_name("saving_case.py")
     with subprocess.Popen(
         [sys.executable, str(script), str(run)],
@@ -187,26 +187,26 @@ def _kill_while_saving(run: Path, kills: int, seed: int) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as nursery:
-        assert nursery.stdin is not None and nursery.stdout is not None
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
         pause = 0.0
         for number in range(kills):
-            nursery.stdin.write("beside\n" if number % 2 else "at once\n")
-            nursery.stdin.flush()
-            pid = int(nursery.stdout.readline())
+            parent.stdin.write("beside\n" if number % 2 else "at once\n")
+            parent.stdin.flush()
+            pid = int(parent.stdout.readline())
             pause = pause or _time_of_a_save(run)
-            time.sleep(chance.random() * 2 * pause)
+            time.sleep(generator.random() * 2 * pause)
             os.kill(pid, signal.SIGKILL)
             newest = _read_what_is_left(run, newest)
-        nursery.stdin.close()
+        parent.stdin.close()
     assert newest > 3 + kills // 10  # it did save between the kills
 
 
 def _time_of_a_save(run: Path) -> float:
-    since = time.monotonic()
-    while (checkpoint.steps(run) or [0])[-1] < 3 and time.monotonic() < since + 60:
+    start = time.monotonic()
+    while (checkpoint.steps(run) or [0])[-1] < 3 and time.monotonic() < start + 60:
         time.sleep(0.001)
-    return (time.monotonic() - since) / 3
+    return (time.monotonic() - start) / 3
 
 
 def _read_what_is_left(run: Path, newest: int) -> int:
@@ -218,16 +218,16 @@ def _read_what_is_left(run: Path, newest: int) -> int:
     return step
 
 
-def test_ten_kills_while_saving_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_ten_kills_while_saving_leave_a_complete_checkpoint(tmp_path: Path) -> None:
     _kill_while_saving(tmp_path, 10, seed=1)
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_while_saving_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_two_hundred_kills_while_saving_leave_a_complete_checkpoint(tmp_path: Path) -> None:
     _kill_while_saving(tmp_path, 200, seed=2)
 
 
-def test_a_checkpoint_written_beside_the_run_is_that_of_its_step(
+def test_a_checkpoint_written_in_the_background_is_that_of_its_step(
     tmp_path: Path, device: torch.device
 ) -> None:
     def learn(name: str, beside: bool) -> dict[str, torch.Tensor]:
@@ -253,9 +253,9 @@ def test_a_run_ends_with_its_curves_and_prints_its_speed(
     flops = plan.flops_per_token(MODEL, LENGTH)
     assert row["mfu"] == pytest.approx(row["per_second"] * flops / 1e9, rel=0.01)
     assert 0 <= row["eta_seconds"] < 60
-    with PIL.Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width == 3 * 420 and picture.height >= 2 * 260
-        blue = (np.asarray(picture) == (31, 98, 189)).all(-1).sum()
+    with PIL.Image.open(tmp_path / "curves.png") as chart:
+        assert chart.width == 3 * 420 and chart.height >= 2 * 260
+        blue = (np.asarray(chart) == (31, 98, 189)).all(-1).sum()
     assert blue > 1000
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     assert draw_curves(tmp_path) is None
@@ -317,11 +317,11 @@ def kept_by_a_block(config: ModelConfig, tokens: int, dropout: float) -> int:
 @pytest.mark.parametrize(("name", "dropout"), [("chameleon-7b", 0.1), ("chameleon-34b", 0.0)])
 def test_the_plan_knows_what_a_block_keeps(name: str, dropout: float) -> None:
     config, tokens = PRESETS[name], 4096
-    told = plan.activation_bytes(config, tokens, tensor=1, dropout=dropout)
+    estimated = plan.activation_bytes(config, tokens, tensor=1, dropout=dropout)
     counted = kept_by_a_block(config, tokens, dropout) * config.num_hidden_layers
-    assert told["none"] == pytest.approx(counted, rel=0.1)
-    assert told["full"] == 2 * config.hidden_size * tokens * config.num_hidden_layers
-    assert told["full"] < told["selective"] < told["none"]
+    assert estimated["none"] == pytest.approx(counted, rel=0.1)
+    assert estimated["full"] == 2 * config.hidden_size * tokens * config.num_hidden_layers
+    assert estimated["full"] < estimated["selective"] < estimated["none"]
 
 
 def test_the_plan_of_the_paper() -> None:
@@ -393,7 +393,7 @@ def test_the_recipe_of_the_paper_runs_small(tmp_path: Path) -> None:
         recipe_plan("mini_image_tokenizer", [])
 
 
-def test_a_stopped_run_of_parts_goes_on_at_its_document(
+def test_a_stopped_run_with_long_documents_resumes_at_its_document(
     tmp_path: Path, device: torch.device
 ) -> None:
     """Several micro batches a step, a stop in the middle of the documents, dropout on."""
@@ -430,12 +430,12 @@ def test_packing_without_its_mask_would_change_the_gradient() -> None:
         assert model.lm_head.weight.grad is not None
         return model.lm_head.weight.grad.clone()
 
-    right = gradient(CausalAttend(number), weight, 1.0)
+    correct = gradient(CausalAttend(number), weight, 1.0)
     no_mask = gradient(CausalAttend(), weight, 1.0)
     prompts_too = gradient(CausalAttend(number), torch.ones_like(weight), 1.0)
     no_z = gradient(CausalAttend(number), weight, 0.0)
     for wrong in (no_mask, prompts_too, no_z):
-        assert (wrong - right).abs().max() > 1e-3 * right.abs().max()
+        assert (wrong - correct).abs().max() > 1e-3 * correct.abs().max()
 
 
 def test_a_packed_row_gives_its_documents_back() -> None:
@@ -450,7 +450,7 @@ def test_a_packed_row_gives_its_documents_back() -> None:
     assert set(tokens[number == 3].tolist()) == set(targets[number == 3].tolist()) == {1}
 
 
-def test_documents_that_fill_a_row_to_the_last_place_are_packed() -> None:
+def test_documents_that_fill_a_row_exactly_are_packed() -> None:
     def sized(ids: int) -> TokenSequence:
         return TokenSequence([9] * ids, [CONTROL] + [ANSWER_TEXT] * (ids - 1))
 
@@ -471,32 +471,33 @@ def test_documents_that_fill_a_row_to_the_last_place_are_packed() -> None:
 def calls_of_a_run(
     out: Path, device: torch.device, **settings: Any
 ) -> tuple[int, list[str], list[bool]]:
-    """How often a block's feed-forward ran, which threads wrote, and whether bf16 was drawn in."""
+    """How often a block's feed-forward ran, which threads wrote, and whether samples were
+    generated in bf16."""
     task, calls, threads, bf16 = Spoiled(lambda *_: 1.0), [], [], []
     task.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     write = checkpoint._write
 
-    def noted(*given: Any) -> None:
+    def recording_write(*given: Any) -> None:
         threads.append(threading.current_thread().name)
         write(*given)
 
-    def shows(step: int, folder: Path) -> dict[str, float]:
+    def record_autocast(step: int, folder: Path) -> dict[str, float]:
         bf16.append(torch.is_autocast_enabled(device.type))
         return {}
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "_write", noted)
-        train(task, RunConfig(out, 3, device=str(device), **settings), OPTIM, shows)
+        patched.setattr(checkpoint, "_write", recording_write)
+        train(task, RunConfig(out, 3, device=str(device), **settings), OPTIM, record_autocast)
     return len(calls), [name.partition("_")[0] for name in threads], bf16
 
 
-def test_settings_of_a_run_are_obeyed(tmp_path: Path, device: torch.device) -> None:
-    """None of them changes what is learnt, so that no loss would tell."""
+def test_settings_of_a_run_take_effect(tmp_path: Path, device: torch.device) -> None:
+    """None of them changes what is learnt, so losses would not show it."""
     plain = calls_of_a_run(tmp_path / "plain", device)
     assert plain == (3, ["MainThread"], [False])
-    for how in ("full", "selective"):
-        parallel = ParallelConfig(checkpointing=how)
-        assert calls_of_a_run(tmp_path / how, device, parallel=parallel)[0] == 6
+    for checkpointing in ("full", "selective"):
+        parallel = ParallelConfig(checkpointing=checkpointing)
+        assert calls_of_a_run(tmp_path / checkpointing, device, parallel=parallel)[0] == 6
     assert calls_of_a_run(tmp_path / "beside", device, save_beside=True)[1] == ["checkpoint"]
     assert calls_of_a_run(tmp_path / "bf16", device, precision="bf16")[2] == [True]
 

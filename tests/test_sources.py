@@ -68,12 +68,12 @@ def opened_rows(source: Path, cache: Path) -> list[Any]:
 
 @pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
 def test_rows_of_columns(tmp_path: Path, suffix: str, mark: str) -> None:
-    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, you."}]
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, you."}]
     rows = [
         ["image", "text", "messages"],
         ["1.png", 'a "red" pear,\non two lines', ""],
         ["2.png", "사과", ""],
-        ["", "", json.dumps(talk)],
+        ["", "", json.dumps(messages)],
         ["", "[no list]", ""],
         ["3.png", "x" * 200_000, ""],
     ]
@@ -85,7 +85,7 @@ def test_rows_of_columns(tmp_path: Path, suffix: str, mark: str) -> None:
     result = opened_rows(path, tmp_path / "cache")
     assert result[0] == {"image": "1.png", "text": 'a "red" pear,\non two lines'}
     assert result[1] == {"image": "2.png", "text": "사과"}
-    assert result[2] == {"messages": talk} and result[3] == {"text": "[no list]"}
+    assert result[2] == {"messages": messages} and result[3] == {"text": "[no list]"}
     assert len(result[4]["text"]) == 200_000
     assert len(result) == 6 and "1 cells and the first row 3" in result[5]
     assert opened_rows(path, tmp_path / "cache") == result  # from the index
@@ -98,10 +98,10 @@ def test_ambiguous_columns_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="cannot be read after 0 rows"):
             opened_rows(path, tmp_path / "cache")
     for name, mark in (("rows.csv", ","), ("rows.tsv", "\t")):
-        twice = tmp_path / name
-        twice.write_text(mark.join(["text", "image", "text"]) + "\n" + mark.join("abc") + "\n")
+        file = tmp_path / name
+        file.write_text(mark.join(["text", "image", "text"]) + "\n" + mark.join("abc") + "\n")
         with pytest.raises(DataError, match=rf"{name} has the column 'text' twice: rename"):
-            opened_rows(twice, tmp_path / "cache")
+            opened_rows(file, tmp_path / "cache")
     path.write_text("text,image,,\na,b,,\n")  # as spreadsheets fill up rows
     assert opened_rows(path, tmp_path / "cache") == [{"text": "a", "image": "b"}]
     path.write_text("text\n")
@@ -140,10 +140,10 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     images = [PIL.Image.open(io.BytesIO(png(n))) for n in range(3)]
     columns = {"image": images, "text": [f"pear {n}" for n in range(3)]}
-    kept = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    kept = kept.select([2, 0, 1])
-    kept.save_to_disk(str(tmp_path / "one"), num_shards=2)
-    datasets.DatasetDict({"train": kept}).save_to_disk(str(tmp_path / "many"))
+    dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    dataset = dataset.select([2, 0, 1])
+    dataset.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "many"))
     (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"of a step of datasets")
     for name in ("one", "many"):
         rows = opened_rows(tmp_path / name, tmp_path / "cache")
@@ -156,7 +156,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
         opened_rows(tmp_path / "bad.arrow", tmp_path / "cache")
 
 
-def said(row: dict[str, Any], image_first: bool = True) -> list[tuple[str, list[Any]]]:
+def short_turns(row: dict[str, Any], image_first: bool = True) -> list[tuple[str, list[Any]]]:
     """Turns of a row in short: texts as they are, images as what names them."""
     return [
         (role, [part.text if isinstance(part, Text) else part.source for part in parts])
@@ -213,12 +213,12 @@ FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, list[Any]]]]] = {
 def test_each_format_is_detected_by_its_keys_and_read(form: str) -> None:
     row, turns = FORMS[form]
     assert form_of(row) == form
-    assert said(row) == turns
+    assert short_turns(row) == turns
 
 
 def test_the_image_of_a_pair_comes_first_or_second() -> None:
     row = FORMS["pair"][0]
-    assert said(row, image_first=False) == [("user", ["pear"]), ("assistant", ["c.png"])]
+    assert short_turns(row, image_first=False) == [("user", ["pear"]), ("assistant", ["c.png"])]
     plain = example_of(row, False, plain_pairs=True)
     assert plain.turns == [("assistant", [Text("pear"), ImageRef("c.png")])]
 
@@ -226,16 +226,19 @@ def test_the_image_of_a_pair_comes_first_or_second() -> None:
 def test_neighbours_of_one_role_and_the_system_are_joined() -> None:
     messages = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yo"), ("assistant", "!")]
     row = {"messages": [{"role": role, "content": text} for role, text in messages]}
-    assert said(row) == [("user", ["Be kind.", "\n", "Hi"]), ("assistant", ["Yo", "\n", "!"])]
+    assert short_turns(row) == [
+        ("user", ["Be kind.", "\n", "Hi"]),
+        ("assistant", ["Yo", "\n", "!"]),
+    ]
 
 
 def test_images_without_marks_go_before_the_first_prompt() -> None:
     row = LLAVA | {"image": ["a.jpg", "b.jpg"]}
     row["conversations"] = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Pears"}]
-    assert said(row)[0] == ("user", ["a.jpg", "b.jpg", "What?"])
+    assert short_turns(row)[0] == ("user", ["a.jpg", "b.jpg", "What?"])
 
 
-def test_what_the_answers_hold() -> None:
+def test_modalities_of_answers() -> None:
     kinds = {form: example_of(row, True).answer_kind for form, (row, _) in FORMS.items()}
     assert kinds["conversations"] == kinds["text"] == TEXT
     assert kinds["messages"] == kinds["interleaved"] == BOTH
@@ -295,7 +298,7 @@ def test_rows_of_jsonl_and_of_a_json_array(tmp_path: Path) -> None:
         open_all(tmp_path / "d.json", tmp_path / "cache")
 
 
-def test_a_key_or_column_given_twice_is_no_row(tmp_path: Path) -> None:
+def test_a_key_or_column_given_twice_is_refused(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -357,8 +360,8 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
     rows = open_rows(str(path), tmp_path, RowSettings())
     table, _ = rows.find(0)
     assert len(rows) == 4
-    assert said(table.row(0)) == [("user", [b"P1"]), ("assistant", ["pear"])]
-    assert said(table.row(1))[0] == ("user", [b"P2", "What is this?"])
+    assert short_turns(table.row(0)) == [("user", [b"P1"]), ("assistant", ["pear"])]
+    assert short_turns(table.row(1))[0] == ("user", [b"P2", "What is this?"])
     assert table.read(table.row(2), "0.png") == b"P3"
     with pytest.raises(DataError, match="not UTF-8"):
         table.row(3)
@@ -367,7 +370,7 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
         open_all(path, tmp_path)
 
 
-def test_where_rows_lie_is_found_once_and_again_after_a_change(
+def test_row_positions_are_indexed_once_and_again_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = jsonl(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
@@ -377,8 +380,8 @@ def test_where_rows_lie_is_found_once_and_again_after_a_change(
         assert open_all(path, cache) == ROWS
     jsonl(path, ROWS[:3])
     assert open_all(path, cache) == ROWS[:3]
-    for kept in cache.iterdir():
-        kept.write_bytes(b"cut")
+    for index in cache.iterdir():
+        index.write_bytes(b"cut")
     assert open_all(path, cache) == ROWS[:3]
 
 
@@ -423,7 +426,7 @@ def test_files_of_a_folder_a_glob_and_the_hub(
     ("source", "words"),
     [("none.jsonl", "there is no none.jsonl"), ("empty", r"holds no \.jsonl"), ("e.jsonl", "rows")],
 )
-def test_a_source_that_is_none(
+def test_missing_and_empty_sources_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -508,11 +511,11 @@ def documents(
 
 
 @pytest.mark.parametrize(
-    ("settings", "way"),
+    ("settings", "prompt_mode"),
     [({}, "crop"), ({"resize_mode": "fit"}, "fit"), ({"prompt_images": "fit"}, "fit")],
 )
 def test_images_of_prompts_are_resized_as_set_and_those_of_answers_cropped(
-    tmp_path: Path, processor: Processor, settings: dict[str, str], way: str
+    tmp_path: Path, processor: Processor, settings: dict[str, str], prompt_mode: str
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(3, (40, 16)))
     parts = [{"type": "image"}, {"type": "text", "text": "Draw."}]
@@ -534,7 +537,7 @@ def test_images_of_prompts_are_resized_as_set_and_those_of_answers_cropped(
     assert not np.array_equal(codes["fit"], codes["crop"])
     expected = [
         vocabulary.bos,
-        *processor.layout.spell(codes[way], vocabulary),
+        *processor.layout.spell(codes[prompt_mode], vocabulary),
         *processor.encode_text("Draw."),
         vocabulary.end_of_turn,
         *processor.layout.spell(codes["crop"], vocabulary),
@@ -554,14 +557,14 @@ def test_half_of_the_pairs_have_the_image_first(tmp_path: Path, processor: Proce
     assert 18 <= first.count("image") <= 42
     second = documents(tiny_encoder(processor), path)
     assert [d.ids for d in result if d] == [d.ids for d in second if d]
-    never = documents(tiny_encoder(processor, image_first=0.0, pairs="document"), path)
-    for document in never:
+    text_first = documents(tiny_encoder(processor, image_first=0.0, pairs="document"), path)
+    for document in text_first:
         assert document is not None and document.spans[0][2] == "text"
         assert {PROMPT_TEXT, PROMPT_IMAGE}.isdisjoint(document.role)
         assert document.loss_mask == [False] + [True] * (len(document) - 1)
 
 
-def test_broken_rows_are_filed_with_their_reason_and_counted(
+def test_broken_rows_are_listed_with_their_reason_and_counted(
     tmp_path: Path, processor: Processor
 ) -> None:
     (tmp_path / "bad.png").write_bytes(png(0)[:60])
@@ -573,13 +576,13 @@ def test_broken_rows_are_filed_with_their_reason_and_counted(
         {"text": "half \ud800"},
         {"text": "good too"},
     ]
-    path, filed = jsonl(tmp_path / "r.jsonl", rows), tmp_path / "q" / "quarantine.jsonl"
+    path, quarantine_file = jsonl(tmp_path / "r.jsonl", rows), tmp_path / "q" / "quarantine.jsonl"
     for _ in range(2):  # the second run files nothing again
-        quarantine = Quarantine(filed, 0.1)
+        quarantine = Quarantine(quarantine_file, 0.1)
         result = documents(tiny_encoder(processor), path, quarantine)
         assert [d is not None for d in result] == [True, False, False, False, False, True]
         assert (quarantine.good, quarantine.broken) == (2, 4)
-        entries = [json.loads(line) for line in filed.read_text().splitlines()]
+        entries = [json.loads(line) for line in quarantine_file.read_text().splitlines()]
         assert [entry["row"] for entry in entries] == [2, 3, 4, 5]
         assert {entry["file"] for entry in entries} == {str(path)}
         for entry, word in zip(entries, ("JSON", "damaged", "net", "character"), strict=True):
@@ -612,20 +615,22 @@ def plain(processor: Processor, *lengths: int) -> TokenSequence:
     return document
 
 
-def test_a_plain_document_is_cut_between_its_segments(processor: Processor) -> None:
+def test_a_plain_document_is_split_between_its_segments(processor: Processor) -> None:
     size = processor.layout.num_tokens
     limit = size + 12
     full = plain(processor, 8, -1, 30, -2)
     splitter = DocumentSplitter(limit, processor.vocabulary)
-    cut = splitter.split(0, full)
-    assert all(len(piece) <= limit for piece in cut) and len(cut) > 1 and splitter.shortened == {0}
+    parts = splitter.split(0, full)
+    assert (
+        all(len(piece) <= limit for piece in parts) and len(parts) > 1 and splitter.shortened == {0}
+    )
     bos, eos = processor.vocabulary.bos, processor.vocabulary.eos
-    inner = [i for piece in cut for i in piece.ids if i not in (bos, eos)]
+    inner = [i for piece in parts for i in piece.ids if i not in (bos, eos)]
     assert inner == full.ids[1:-1]
-    assert [piece.ids[0] for piece in cut] == [bos] * len(cut)
-    assert [piece.ids[-1] == eos for piece in cut] == [False] * (len(cut) - 1) + [True]
-    begins = [piece.ids.count(processor.vocabulary.begin_image) for piece in cut]
-    ends = [piece.ids.count(processor.vocabulary.end_image) for piece in cut]
+    assert [piece.ids[0] for piece in parts] == [bos] * len(parts)
+    assert [piece.ids[-1] == eos for piece in parts] == [False] * (len(parts) - 1) + [True]
+    begins = [piece.ids.count(processor.vocabulary.begin_image) for piece in parts]
+    ends = [piece.ids.count(processor.vocabulary.end_image) for piece in parts]
     assert begins == ends and sum(begins) == 2
     assert splitter.split(1, plain(processor, 4)) == [plain(processor, 4)]
     assert splitter.split(2, TokenSequence()) == [] and splitter.dropped == set()
@@ -739,17 +744,17 @@ def test_the_second_stage_halves_the_first_and_goes_on_where_it_stopped() -> Non
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing_but_the_time(workers: int) -> None:
+def test_workers_change_only_the_time(workers: int) -> None:
     threads = set()
 
     def stream(number: int) -> TokenSequence:
         threads.add(threading.current_thread().name)
         return TokenSequence(ids=[number])
 
-    ahead = PrefetchedStream(stream, workers, depth=8)
+    prefetched = PrefetchedStream(stream, workers, depth=8)
     order = [*range(30), 29, 30, 200, 201, 5, 6]  # a packer asks again for what did not fit
-    assert [ahead(number).ids[0] for number in order] == order
-    ahead.close()
+    assert [prefetched(number).ids[0] for number in order] == order
+    prefetched.close()
     assert threading.current_thread().name not in threads
 
 
@@ -773,7 +778,7 @@ def corpus_of(processor: Processor, run: Path, length: int = 100, **config: Any)
     return open_corpus(CorpusConfig(**config), processor, tokenizer, length, run)
 
 
-def test_a_broken_row_gives_way_to_another_and_a_resumed_stream_is_the_same(
+def test_a_broken_row_is_replaced_and_a_resumed_stream_is_the_same(
     tmp_path: Path, processor: Processor
 ) -> None:
     path = pairs(tmp_path, 20)
@@ -814,7 +819,7 @@ def test_the_packer_takes_the_stream_and_its_cursor_is_all_its_state(
             assert actual.equal(expected)
 
 
-def test_what_the_answers_hold_is_found_once_for_a_run(
+def test_modalities_of_answers_are_determined_once_per_run(
     tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = pairs(tmp_path, 8)
@@ -827,7 +832,7 @@ def test_what_the_answers_hold_is_found_once_for_a_run(
         corpus_of(processor, tmp_path / "run", data=(str(path),), encoding=settings)
 
 
-def test_a_long_plain_document_is_gone_through_epoch_by_epoch(
+def test_each_epoch_reads_the_next_part_of_a_long_document(
     tmp_path: Path, processor: Processor
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"text": "".join(f"<{n}>" for n in range(200))}])
@@ -848,9 +853,9 @@ def test_what_open_corpus_refuses(tmp_path: Path, processor: Processor) -> None:
         corpus_of(processor, tmp_path, length=20, data=(path,))
     with pytest.raises(SettingError, match=r"weight -1\.0"):
         corpus_of(processor, tmp_path, data=(f"{path}@-1",))
-    none = jsonl(tmp_path / "b.jsonl", [{"x": n} for n in range(3)])
+    unusable = jsonl(tmp_path / "b.jsonl", [{"x": n} for n in range(3)])
     with pytest.raises(DataError, match=r"no usable|are broken"):
-        corpus_of(processor, tmp_path, data=(str(none),)).stream(0)
+        corpus_of(processor, tmp_path, data=(str(unusable),)).stream(0)
 
 
 def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -859,20 +864,20 @@ def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch
         download_dataset("org/name", ["*.jsonl"])
 
 
-def test_the_hub_id_pattern_is_no_path() -> None:
+def test_paths_are_not_hub_ids() -> None:
     accepted = [name for name in ("a/b", "org/na-me.x") if is_hub_id(name)]
     refused = [n for n in ("a", "a/b/c", "./a", "/a/b") if is_hub_id(n)]
     assert len(accepted) == 2 and not refused
 
 
-def test_numbers_of_a_source_do_not_depend_on_the_way_they_are_asked() -> None:
+def test_numbers_of_a_source_do_not_depend_on_the_order_of_calls() -> None:
     order = ShuffledDocuments(Numbers(50, [7] * 7 + [1]), 3, "a")
-    asked = list(itertools.product(range(3), range(0, 50, 7)))
-    forward = [order.number(*place) for place in asked]
-    assert [order.number(*place) for place in asked[::-1]] == forward[::-1]
+    positions = list(itertools.product(range(3), range(0, 50, 7)))
+    forward = [order.number(*place) for place in positions]
+    assert [order.number(*place) for place in positions[::-1]] == forward[::-1]
 
 
-def test_a_part_without_a_usable_row_gives_way_to_the_others(
+def test_a_part_without_usable_rows_is_replaced_by_the_others(
     tmp_path: Path, processor: Processor
 ) -> None:
     path = jsonl(tmp_path / "r.jsonl", [{"text": f"word {n}"} for n in range(20)])
@@ -900,7 +905,7 @@ def test_a_part_too_small_for_a_share_joins_the_largest() -> None:
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
-def test_an_impossible_weight_is_told_with_its_source(
+def test_an_impossible_weight_is_reported_with_its_source(
     tmp_path: Path, processor: Processor, weight: str
 ) -> None:
     path = jsonl(tmp_path / "r.jsonl", [{"text": "a word"}])
@@ -912,8 +917,8 @@ def test_an_impossible_weight_is_told_with_its_source(
 def test_a_damaged_index_is_made_again(tmp_path: Path, damage: Any) -> None:
     path, cache = jsonl(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
     assert open_all(path, cache) == ROWS
-    for kept in cache.iterdir():
-        kept.write_bytes(damage(kept.read_bytes()))
+    for index in cache.iterdir():
+        index.write_bytes(damage(index.read_bytes()))
     assert open_all(path, cache) == ROWS
 
 

@@ -7,7 +7,7 @@
 // projection, SwiGLU and the down projection (six if rows share a sequence).
 //
 // The result of a row depends, to the bit, on its token, its position and the keys and values
-// before it: not on the rows beside it, on how a prompt was cut, or on the number of threads. For
+// before it: not on the rows beside it, how a prompt was chunked, or the number of threads. For
 // this every sum is added up in one order, and every function that rounds is compiled once
 // (NOINLINE) or says how it rounds (`fmadd`). The products are in gemm.h.
 //
@@ -21,8 +21,8 @@
 #include <thread>
 #include <type_traits>
 
-#include "draw.h"
 #include "gemm.h"
+#include "sampling.h"
 #include "simd.h"
 
 namespace {
@@ -796,7 +796,7 @@ struct AttentionLayer {
     for (int64_t head = first / total; head < m.K && head * total < last; head++) {
       done = head * total;
       for (int64_t row = 0; row < R && done < last;) {
-        // A row's result is the same in a tile and alone, so tiles may be cut anywhere.
+        // A row's result is the same in a tile and alone, so a tile may begin at any row.
         const bool mine = done >= first;
         int64_t count = 0;  // rows of one sequence that are all this thread's, or all not
         do done += cost(row + count++);
@@ -842,8 +842,8 @@ const int64_t* earlyfusion_abi() {
   return sizes;
 }
 
-// The column drawn for each of B choices; -1 where the logits are not finite.
-void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t threads) {
+// The column sampled for each of B choices; -1 if the logits are not finite.
+void earlyfusion_sample(const Choice* choices, int64_t B, int64_t* columns, int64_t threads) {
   int64_t widest = 0;
   for (int64_t b = 0; b < B; b++) widest = std::max(widest, choices[b].columns);
 #pragma omp parallel num_threads(std::min(threads, B))
@@ -851,7 +851,7 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
     AlignedVector<float> z(widest + 15);
     AlignedVector<double> e(widest + 15);
 #pragma omp for
-    for (int64_t b = 0; b < B; b++) drawn[b] = draw_column(choices[b], z.data(), e.data());
+    for (int64_t b = 0; b < B; b++) columns[b] = sample_column(choices[b], z.data(), e.data());
   }
 }
 

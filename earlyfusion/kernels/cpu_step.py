@@ -3,7 +3,7 @@
 The cost of a step of few rows is reading the weights. The compiled step reads them once for all
 rows, in fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns), and spends no
 time between operations. It also reads prompts, so that a token's result is the same to the bit
-however its prompt is cut and whatever else is in the step. `native.py` builds it; `available()` is
+however its prompt is chunked and whatever else is in the step. `native.py` builds it; `available()` is
 False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
 """
 
@@ -137,7 +137,7 @@ class CpuStep:
         temperature 0, the largest. -1 if the logits are not finite."""
         columns = (ctypes.c_int64 * len(choices))()
         rows = (_Choice * len(choices))(*(_Choice(*choice) for choice in choices))
-        self._library.earlyfusion_draw(rows, len(choices), columns, torch.get_num_threads())
+        self._library.earlyfusion_sample(rows, len(choices), columns, torch.get_num_threads())
         return list(columns)
 
     def _described_layers(self, transformer: Transformer, bits: int) -> ctypes.Array[_Layer]:
@@ -278,8 +278,8 @@ def _library() -> ctypes.CDLL | None:
     library.earlyfusion_step.restype = None
     library.earlyfusion_gemm.argtypes = [p, n, p, n, p, n]
     library.earlyfusion_gemm.restype = None
-    library.earlyfusion_draw.argtypes = [p, n, p, n]
-    library.earlyfusion_draw.restype = None
+    library.earlyfusion_sample.argtypes = [p, n, p, n]
+    library.earlyfusion_sample.restype = None
     library.earlyfusion_abi.argtypes = []
     library.earlyfusion_abi.restype = ctypes.POINTER(_NUMBER)
     sizes = [ctypes.sizeof(structure) for structure in (_Matrix, _Layer, _Model, _Choice)]

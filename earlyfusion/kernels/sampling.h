@@ -1,4 +1,4 @@
-// The draw of a token: guidance, mask, repetition penalty, temperature, top-k, top-p, min-p, then
+// Sampling of a token: guidance, mask, repetition penalty, temperature, top-k, top-p, min-p, then
 // inverse transform sampling. Thresholds are found by bisection over the floats instead of sorting.
 //
 // The results are those of `guidance.combine`, `penalise`, `warp` and `pick` of generation/, up to
@@ -58,10 +58,10 @@ float largest_where(float top, Holds holds) {
   return float_of_ordinal(int32_t(low));
 }
 
-// What one token is drawn from; `Choice` in cpu_step.py. The three rows of logits are guidance's,
-// and one and the same row without it. `blocked` (may not be drawn) and `seen` (gets the penalty)
-// mark columns, or are null. Temperature 0 is greedy; top_k and min_p are off at 0, top_p and
-// penalty at 1.
+// What one token is sampled from; `Choice` in cpu_step.py. The three rows of logits are those of
+// the conditions of guidance; without guidance all three are the same row. `blocked` (may not be
+// sampled) and `seen` (gets the penalty) mark columns, or are null. Temperature 0 is greedy; top_k
+// and min_p are off at 0, top_p and penalty at 1.
 struct Choice {
   const float *full, *image_only, *unconditional;
   const uint8_t *blocked, *seen;
@@ -99,18 +99,18 @@ inline float max_of(const float* z, int64_t n) {
 }
 
 // One row of logits z and scratch e, both padded to a multiple of 16.
-struct Draw {
+struct LogitsRow {
   int64_t count, n;  // n: `count`, padded
   float* z;
   double* e;
   float top;
-  bool drawable;  // all logits are finite or -inf, and at least one is not blocked
+  bool can_sample;  // all logits are finite or -inf, and at least one is not blocked
 
-  Draw(int64_t count, float temperature, float* z, double* e)
+  LogitsRow(int64_t count, float temperature, float* z, double* e)
       : count(count), n((count + 15) / 16 * 16), z(z), e(e) {
     for (int64_t i = count; i < n; i++) z[i] = -INFINITY;
     top = max_of(z, n);
-    drawable = top > -INFINITY && is_finite();
+    can_sample = top > -INFINITY && is_finite();
     if (temperature == 0) return;
     for (int64_t i = 0; i < count; i++) z[i] /= temperature;
     top /= temperature;
@@ -217,12 +217,12 @@ struct Draw {
   }
 };
 
-// The column drawn from a choice; -1 if its logits are not finite. z and e hold `columns`, padded
+// The column sampled from a choice; -1 if its logits are not finite. z and e hold `columns`, padded
 // to a multiple of 16.
-int64_t draw_column(const Choice& c, float* z, double* e) {
+int64_t sample_column(const Choice& c, float* z, double* e) {
   c.combine(z);
-  Draw row(c.columns, float(c.temperature), z, e);
-  if (!row.drawable) return -1;
+  LogitsRow row(c.columns, float(c.temperature), z, e);
+  if (!row.can_sample) return -1;
   if (c.temperature == 0) return row.greedy();
   if (c.top_k > 0 && c.top_k < c.columns) row.top_k(c.top_k);
   if (c.top_p < 1) row.top_p(float(1 - c.top_p));
