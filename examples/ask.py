@@ -1,4 +1,4 @@
-"""Ask about images.
+"""Ask a question about one or more images.
 
 python examples/ask.py "What do these have in common?" a.png b.png
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 from earlyfusion import Chameleon, SamplingParams
 
 
-def main(question: str, *pictures: str) -> None:
+def main(question: str, *images: str) -> None:
     model = Chameleon.load("mini")
-    prompt = [*map(Path, pictures), question]
+    prompt = [*map(Path, images), question]
     reply = model.generate(prompt, output="text", sampling=SamplingParams(temperature=0))
     print(reply.text)
 

@@ -1,13 +1,14 @@
-"""A model that reads but cannot draw, like the released Chameleon, and images to unlock it with.
+"""Make a model that reads images but cannot generate them, and data that teaches it to.
 
 python examples/lock.py data/emoji runs/unlock
-earlyfusion train image_head_7b model=runs/unlock/locked data=runs/unlock/learn.jsonl \
+earlyfusion train image_head_7b model=runs/unlock/locked data=runs/unlock/train.jsonl \
     out=runs/unlock/run steps=250 rows=1 length=1024 lr=1e-2 precision=fp32
 python examples/before_and_after.py runs/unlock/locked runs/unlock/run/model \
-    runs/unlock/asked.jsonl unlock.png
+    runs/unlock/eval.jsonl unlock.png
 
-The first command copies mini with zeros for the rows of its head that score image tokens, and
-writes the first image of each thing (data/emoji/NOTICE.md names their authors).
+The first command copies mini, but with zeros in the rows of the output head for image tokens, so
+that it is like the released Chameleon. As training data it writes the first image of each thing
+(data/emoji/NOTICE.md names the authors).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 
-ASKED = 24
+EVALUATED = 24
 
 
 def lock(name: str, folder: Path) -> None:
@@ -47,8 +48,8 @@ def main(data_folder: str, out_folder: str) -> None:
         prompt = {"role": "user", "content": f"Draw {row['en']}."}
         answer = {"role": "assistant", "content": [{"type": "image"}]}
         lines.append(json.dumps({"messages": [prompt, answer], "images": [f"{thing}.png"]}))
-    asked = random.Random(0).sample(lines, min(ASKED, len(lines)))
-    for name, chosen in (("learn", lines), ("asked", asked)):
+    evaluated = random.Random(0).sample(lines, min(EVALUATED, len(lines)))
+    for name, chosen in (("train", lines), ("eval", evaluated)):
         (out / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
 
 

@@ -1,12 +1,12 @@
-"""A style that mini has not seen: things cut out of white paper, on blue, taught with LoRA.
+"""Make data of a style that mini has not seen: things cut out of white paper, on blue.
 
 python examples/new_style.py data/emoji runs/cutout
-earlyfusion train finetune data=runs/cutout/learn.jsonl out=runs/cutout/run lora=16 lr=3e-3 \
+earlyfusion train finetune data=runs/cutout/train.jsonl out=runs/cutout/run lora=16 lr=3e-3 \
     steps=120 length=512 warmup_steps=10
-python examples/before_and_after.py mini runs/cutout/run/model runs/cutout/asked.jsonl cutout.png
+python examples/before_and_after.py mini runs/cutout/run/model runs/cutout/eval.jsonl cutout.png
 
-The first command writes 40 images to learn from (`learn.jsonl`), and 24 images of other things
-to ask for (`asked.jsonl`). They are made from Noto Emoji, Copyright Google Inc., Apache-2.0.
+The first command writes 40 images to train on (`train.jsonl`), and 24 images of other things for
+the comparison (`eval.jsonl`). They are made from Noto Emoji, Copyright Google Inc., Apache-2.0.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from PIL import ImageOps
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 
 KINDS = ("animals and nature", "food and drink", "travel and places", "activities", "objects")
-LEARNT, ASKED = 40, 24
+TRAINED, EVALUATED = 40, 24
 
 
-def cut_out(picture: PIL.Image.Image) -> PIL.Image.Image:
+def cut_out(image: PIL.Image.Image) -> PIL.Image.Image:
     """The shape of an image in white, on blue."""
-    shape = picture.convert("L").point(lambda grey: 255 * (grey < 240))
+    shape = image.convert("L").point(lambda grey: 255 * (grey < 240))
     return ImageOps.colorize(shape, black="#1446a0", white="#ffffff")
 
 
@@ -55,8 +55,8 @@ def write(path: Path, data: EmojiData, rows: Sequence[Row]) -> None:
 def main(folder: str, out: str) -> None:
     data = EmojiData(folder)
     chosen = things(data)
-    write(Path(out) / "learn.jsonl", data, chosen[:LEARNT])
-    write(Path(out) / "asked.jsonl", data, chosen[LEARNT : LEARNT + ASKED])
+    write(Path(out) / "train.jsonl", data, chosen[:TRAINED])
+    write(Path(out) / "eval.jsonl", data, chosen[TRAINED : TRAINED + EVALUATED])
 
 
 if __name__ == "__main__":

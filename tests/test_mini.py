@@ -170,7 +170,7 @@ def test_interleaved_replies_are_whole_100_times(model: Chameleon) -> None:
     [
         ("ask.py", ["What is this?", "strawberry.png"]),
         ("variations.py", ["Draw a cat.", "cats.png", "2"]),
-        ("codes_of_a_picture.py", ["strawberry.png", "seen.png"]),
+        ("codes_of_an_image.py", ["strawberry.png", "seen.png"]),
     ],
 )
 def test_examples_run(

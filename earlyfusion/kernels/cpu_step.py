@@ -3,8 +3,8 @@
 The cost of a step of few rows is reading the weights. The compiled step reads them once for all
 rows, in fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns), and spends no
 time between operations. It also reads prompts, so that a token's result is the same to the bit
-however its prompt is chunked and whatever else is in the step. `native.py` builds it; `available()` is
-False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
+however its prompt is chunked and whatever else is in the step. `native.py` builds it; `available()`
+is False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
 """
 
 # Shapes: R rows of a step, D model width, O rows and I columns of a matrix, B blocks of the cache,

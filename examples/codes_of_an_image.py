@@ -1,6 +1,6 @@
-"""An image as the model sees it, and its codes.
+"""Print the codes of an image, and save the image that they decode to: what the model sees.
 
-python examples/codes_of_a_picture.py cat.png seen.png
+python examples/codes_of_an_image.py cat.png decoded.png
 """
 
 from __future__ import annotations
