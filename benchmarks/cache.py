@@ -1,6 +1,6 @@
 """Keys and values in fp32, bf16 and int8: two tables in Markdown.
 
-    python benchmarks/cache.py --data emoji/data --pictures 40 --rounds 5 --threads 2
+    python benchmarks/cache.py --data emoji/data --images 40 --rounds 5 --threads 2
 
 The first table takes the embedded model: questions about images are answered greedily with each
 cache, and the answer of the fp32 cache is then read through each. KL is that of the next token's
@@ -48,12 +48,12 @@ def requests(model: Chameleon, folder: str | None, number: int) -> list[Request]
     asked = []
     for count in range(number):
         if data:
-            picture = Image(data.image(ids[count]))
+            image = Image(data.image(ids[count]))
         else:
             codes = torch.tensor(rng.choices(range(1024), k=64)).view(1, 8, 8)
-            picture = Image(model.image_tokenizer.decode(codes)[0])
+            image = Image(model.image_tokenizer.decode(codes)[0])
         question, greedy = QUESTIONS[count % len(QUESTIONS)], SamplingParams(temperature=0)
-        asked.append(model.request([picture, question], "text", greedy, seed=0))
+        asked.append(model.request([image, question], "text", greedy, seed=0))
     return asked
 
 
@@ -79,10 +79,10 @@ def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]
     return torch.stack(logits).log_softmax(-1)
 
 
-def quality(folder: str | None, pictures: int) -> None:
+def quality(folder: str | None, images: int) -> None:
     model = Chameleon.load("mini", device="cpu")
     config, own = model.transformer.config, model.transformer.lm_head.weight.dtype
-    asked = requests(model, folder, pictures)
+    asked = requests(model, folder, images)
     wanted = answers(model, asked, "fp32")
     grammar = model.engine.grammar(())
     runners = {
@@ -93,7 +93,7 @@ def quality(folder: str | None, pictures: int) -> None:
         distributions(runners["fp32"], request.ids, answer)
         for request, answer in zip(asked, wanted, strict=True)
     ]
-    print(f"mini in {own}, {pictures} pictures, {sum(map(len, wanted))} tokens of answers\n")
+    print(f"mini in {own}, {images} images, {sum(map(len, wanted))} tokens of answers\n")
     columns = ("KL", "mean difference of p", "tokens equal", "answers equal")
     print(heading("cache", "bytes per token", *columns))
     for kept, dtype in DTYPES.items():
@@ -147,14 +147,14 @@ def speed(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="the folder of the emoji pictures")
-    parser.add_argument("--pictures", type=int, default=40, help="0: only the times")
+    parser.add_argument("--data", help="the folder of the emoji data")
+    parser.add_argument("--images", "--pictures", type=int, default=40, help="0: only the times")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.pictures:
-        quality(options.data, options.pictures)
+    if options.images:
+        quality(options.data, options.images)
     speed(options.rounds)
 
 

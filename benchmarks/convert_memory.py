@@ -35,7 +35,7 @@ ALLOWANCE = 2e9
 
 
 def random_source(config: ModelConfig, tokenizer: Path) -> Source:
-    """A model of this shape whose values are drawn when they are read."""
+    """A model of this shape whose random values are made when they are read."""
     codes = config.vq_config.num_embeddings
     tokenizer.write_text(train_tokenizer(["a red apple"], codes, codes + 400))
     with torch.device("meta"):

@@ -44,14 +44,14 @@ def step_seconds(step: CpuStep, head: Any, context: int, rows: int, tokens: int)
     each = -(-PLACES // BLOCK_SIZE)
     tables = torch.arange(rows * each).view(rows, each)
     addresses, positions = [table.data_ptr() for table in tables], torch.full((rows,), context)
-    drawn, times = torch.full((rows,), 7), []
+    token_R, times = torch.full((rows,), 7), []
 
-    def draw() -> None:
-        nonlocal drawn
-        drawn = head(step.states(drawn, positions, addresses, False)).argmax(-1)
+    def next_tokens() -> None:
+        nonlocal token_R
+        token_R = head(step.states(token_R, positions, addresses, False)).argmax(-1)
 
     for _ in range(tokens):
-        times.append(seconds(draw))
+        times.append(seconds(next_tokens))
         positions += 1
     return median(times)
 

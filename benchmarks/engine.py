@@ -10,7 +10,7 @@ runs `generate`, greedy, with its dynamic and its static cache, and with `--comp
 under torch.compile too; for int8 and int4 it stays in bf16. `--only` takes some of the parts:
 
 - decode: a token at two contexts. read: the first token of a long prompt, and its share of what
-  products of square matrices reach. picture: the first token of a question about a new image,
+  products of square matrices reach. image: the first token of a question about a new image,
   pixels to codes included, and about the same image again.
 - batch: many texts at once beside transformers' continuous batching (`generate_batch`), which
   is given the size of its cache and keeps it between the rounds.
@@ -43,7 +43,7 @@ from earlyfusion.bench.speed import Meter
 from earlyfusion.generation.request import Request
 
 CONTEXTS = (32, 1057)
-PARTS = ("decode", "read", "picture", "batch", "alone")
+PARTS = ("decode", "read", "image", "batch", "alone")
 QUESTIONS = ("What is this?", "What colour is it?")
 
 
@@ -65,7 +65,7 @@ class Bench:
         words = self.processor.vocabulary.text_tokens.tolist()
         return [self.processor.vocabulary.bos, *self._random.choices(words, k=context - 1)]
 
-    def picture(self) -> PIL.Image.Image:
+    def random_image(self) -> PIL.Image.Image:
         side = self.model.image_tokenizer.resolution
         pixels = np.frombuffer(self._random.randbytes(3 * side * side), dtype=np.uint8)
         return PIL.Image.fromarray(pixels.reshape(side, side, 3))
@@ -145,7 +145,7 @@ def read(bench: Bench, meter: Meter, rounds: int) -> list[Row]:
     return [Row(f"first token, context {length:,}", "ms", values, f"{shares} of the matmul peak")]
 
 
-def picture(bench: Bench, rounds: int) -> list[Row]:
+def image(bench: Bench, rounds: int) -> list[Row]:
     """The first token about an image that is new, and about the same again."""
     vocabulary, layout = bench.processor.vocabulary, bench.processor.layout
     assert vocabulary.image_placeholder is not None
@@ -153,28 +153,28 @@ def picture(bench: Bench, rounds: int) -> list[Row]:
     marks = [vocabulary.begin_image, *shown, vocabulary.end_image]
     words = bench.processor.encode_text(QUESTIONS[0])
     ids = [vocabulary.bos, *marks, *words, vocabulary.end_of_turn]
-    pictures: list[PIL.Image.Image] = []
+    images: list[PIL.Image.Image] = []
 
     def ask(question: str) -> None:
-        request = bench.model.request([Image(pictures[-1]), question], "text", seed=len(pictures))
+        request = bench.model.request([Image(images[-1]), question], "text", seed=len(images))
         handle = bench.engine.add(request)
         bench.step_until(lambda: handle.tokens)
         handle.cancel()
 
     def new() -> float:
-        pictures.append(bench.picture())
+        images.append(bench.random_image())
         return seconds(lambda: ask(QUESTIONS[0]))
 
     def stock() -> float:
-        image = bench.model.image_tokenizer.preprocess(pictures[-1])[None].to(bench.stock.dtype)
-        return bench.theirs(ids, 1, "dynamic", pixel_values=image)
+        pixels = bench.model.image_tokenizer.preprocess(images[-1])[None].to(bench.stock.dtype)
+        return bench.theirs(ids, 1, "dynamic", pixel_values=pixels)
 
     theirs = f"{THEIRS}, dynamic"
     contenders = {"new": new, "known": lambda: seconds(lambda: ask(QUESTIONS[1])), theirs: stock}
     found = medians(take_turns(contenders, rounds), 1e3)
     return [
         Row(
-            f"first token, {name} picture of {layout.num_codes:,} codes",
+            f"first token, {name} image of {layout.num_codes:,} codes",
             "ms",
             {OURS: found[name], theirs: found[theirs]},
         )
@@ -229,7 +229,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="texts at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="transformers compiled, too")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    # RESULTS.md has commands with the older name "picture".
+    part = {"picture": "image"}
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, type=lambda name: part.get(name, name)
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -244,7 +248,7 @@ def main() -> None:
     parts: dict[str, Callable[[], list[Row]]] = {
         "decode": lambda: decode(bench, options.rounds, caches),
         "read": lambda: read(bench, meter, options.rounds),
-        "picture": lambda: picture(bench, options.rounds),
+        "image": lambda: image(bench, options.rounds),
         "batch": lambda: batch(bench, options.rounds, options.batch),
         "alone": lambda: alone(meter),
     }

@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from gpu_parts import checks, decode, kernels, machine, pictures, stock, training  # noqa: E402
+from gpu_parts import checks, decode, kernels, machine, stock, training, vqgan  # noqa: E402
 from gpu_parts.settings import Settings, rehearsal  # noqa: E402
-from plots import draw  # noqa: E402
+from plots import chart  # noqa: E402
 
 from earlyfusion.bench.parts import Outcome, Part, as_json, as_markdown, merged_rows, run_parts  # noqa: E402
 
@@ -55,7 +55,7 @@ PARTS = (
     Part("attention", "attention of one token per row beside SDPA and flex", 25, kernels.attention),
     Part("compiled", "transformers, static cache and torch.compile", 50, stock.compiled),
     Part("classes", "our seven classes, eager and compiled", 30, stock.classes),
-    Part("vqgan", "the VQ-GAN in several precisions", 25, pictures.vqgan),
+    Part("vqgan", "the VQ-GAN in several precisions", 25, vqgan.vqgan),
     Part("products", "products of few rows in 16, 8 and 4 bits", 15, kernels.products),
     Part("tests", "tests marked gpu, and of equality on the device", 39, checks.tests),
     Part("cold", "cold start to the first token, and its memory", 40, machine.cold_start),
@@ -77,17 +77,17 @@ class Results:
         self._write("results.md", f"{self._title}\n\n{as_markdown(outcomes)}")
         if len(outcomes) > self._parts:
             self._parts = len(outcomes)
-            self.picture(outcomes)
+            self.save_chart(outcomes)
 
-    def picture(self, outcomes: Sequence[Outcome]) -> None:
-        """Bars of all that has a floor or another contender."""
+    def save_chart(self, outcomes: Sequence[Outcome]) -> None:
+        """Bars for each row with a floor or with more than one contender."""
         rows = []
         for row in merged_rows(outcomes):
             floor = {} if row.floor is None else {"floor": row.floor}
             if row.unit in ("ms", "µs", "s", "tokens/s"):
                 rows.append({"what": row.what, "unit": row.unit, "values": row.values | floor})
         if any(len(row["values"]) > 1 for row in rows):
-            draw({"rows": rows}, self._title).save(self.out / "results.png")
+            chart({"rows": rows}, self._title).save(self.out / "results.png")
 
     def _write(self, name: str, text: str) -> None:
         # Whole or not at all: the machine may be taken away while this is written.
@@ -136,7 +136,7 @@ def main() -> None:
         log = options.out / "log.txt"
         log.write_text("", encoding="utf-8")
         outcomes = run_parts(parts, settings, options.minutes, method, log, results.keep)
-    results.picture(outcomes)
+    results.save_chart(outcomes)
     done = sum(outcome.status == "done" for outcome in outcomes)
     print(f"\n{(options.out / 'results.md').read_text(encoding='utf-8')}")
     print(f"{done} of {len(outcomes)} parts are done; results are in {options.out}")

@@ -1,9 +1,9 @@
 """Steps and milliseconds of mini's images, one code at a time and in windows: tables in Markdown.
 
     python benchmarks/jacobi.py                           # temperature 1, without guidance and with
-    python benchmarks/jacobi.py --temperature 0.5 --top-p 0.9 --pictures 32 --threads 2
+    python benchmarks/jacobi.py --temperature 0.5 --top-p 0.9 --images 32 --threads 2
 
-All windows draw each image (one prompt, one seed) before the next one, so that a busy machine
+All windows generate each image (one prompt, one seed) before the next one, so that a busy machine
 slows all alike. Steps are means, milliseconds medians of whole images, prompt included.
 """
 
@@ -35,7 +35,7 @@ PROMPTS = (
 GUIDANCE = {"none": (1.0, 1.0), "text 1.5, image 1.2": (1.5, 1.2), "text 3, image 1.2": (3.0, 1.2)}
 
 
-def drawn(model: Chameleon, request: Request) -> tuple[int, float]:
+def measured(model: Chameleon, request: Request) -> tuple[int, float]:
     """Steps and milliseconds of one image."""
     steps = 0
 
@@ -51,26 +51,26 @@ def drawn(model: Chameleon, request: Request) -> tuple[int, float]:
 
 
 def compare(
-    model: Chameleon, windows: list[int], pictures: int, settings: dict[str, Any]
+    model: Chameleon, windows: list[int], images: int, settings: dict[str, Any]
 ) -> dict[int, list[tuple[int, float]]]:
     """Steps and milliseconds of each image, by window."""
 
-    def draw(window: int, numbers: Iterator[int]) -> tuple[int, float]:
+    def generate(window: int, numbers: Iterator[int]) -> tuple[int, float]:
         number = next(numbers)
         sampling = SamplingParams(**settings, jacobi=window)
         prompt = PROMPTS[number % len(PROMPTS)]
-        return drawn(model, model.request(prompt, "image", sampling, seed=number))
+        return measured(model, model.request(prompt, "image", sampling, seed=number))
 
     contenders = {}
     for window in windows:
-        contenders[window] = partial(draw, window, chain([0], count()))  # the first warms up
-    return take_turns(contenders, pictures)
+        contenders[window] = partial(generate, window, chain([0], count()))  # the first warms up
+    return take_turns(contenders, images)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--images", "--pictures", type=int, default=24)
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -79,12 +79,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = Chameleon.load(options.model, device="cpu")
     shape = {"image_temperature": options.temperature, "image_top_p": options.top_p}
-    print(f"{options.model}, {options.pictures} pictures, {shape}, {options.threads} threads\n")
-    columns = ("guidance", "window", "steps", "times fewer", "ms per picture", "times as fast")
+    print(f"{options.model}, {options.images} images, {shape}, {options.threads} threads\n")
+    columns = ("guidance", "window", "steps", "times fewer", "ms per image", "times as fast")
     print(heading(*columns))
     for name, (text, image) in GUIDANCE.items():
         settings = shape | {"guidance_text": text, "guidance_image": image}
-        rows = compare(model, [0, *options.windows], options.pictures, settings)
+        rows = compare(model, [0, *options.windows], options.images, settings)
         steps = {window: mean(n for n, _ in found) for window, found in rows.items()}
         times = {window: median(ms for _, ms in found) for window, found in rows.items()}
         for window in rows:

@@ -203,7 +203,7 @@ def mixed(model: Any, number: int, rounds: int) -> str:
 
 
 def memory(model: Any, number: int, seconds: float) -> list[str]:
-    """Requests of 300 tokens, until all of them draw or the time is over."""
+    """Requests of 300 tokens, until all of them generate or the time is over."""
     from earlyfusion import SamplingParams
     from earlyfusion.bench.speed import resident_bytes
     from earlyfusion.engine.blocks import BLOCK_SIZE
@@ -223,7 +223,7 @@ def memory(model: Any, number: int, seconds: float) -> list[str]:
     while not all(handle.tokens for handle in handles) and time.perf_counter() - since < seconds:
         engine.step()
         most = max(most, resident_bytes() or 0)
-    drawing = sum(bool(handle.tokens) for handle in handles)
+    generating = sum(bool(handle.tokens) for handle in handles)
     held = engine.used_blocks * size.block_bytes
     counted = number * -(-(prompt + max_tokens) // BLOCK_SIZE) * size.block_bytes
     for handle in handles:
@@ -231,7 +231,7 @@ def memory(model: Any, number: int, seconds: float) -> list[str]:
     figures = {
         "requests of 300 tokens for which the cache has room": f"{size.requests(300):,}",
         f"cache that {number} of them take, as info counts": _gb(counted),
-        "requests that drew at once": f"{drawing} of {number}",
+        "requests that generated at once": f"{generating} of {number}",
         "cache that these held then": _gb(held),
         "memory of the process before": _gb(before),
         "growth of it at the peak": _gb(most - before),

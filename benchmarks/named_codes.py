@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--things", type=int, default=300)
     args = parser.parse_args()
     data = task_data(args.data, args.things)
-    print(f"{len(data[0])} pictures to learn from, {len(data[2])} held out", flush=True)
+    print(f"{len(data[0])} images to train on, {len(data[2])} held out", flush=True)
     print(heading("naming", "seed", "named", "within ten", "PSNR"))
     for seed in args.seeds:
         for naming in args.naming:

@@ -4,7 +4,7 @@
     python benchmarks/plots.py 1b.json llama.json --out benchmarks/plots
 
 The length of a bar is the speed; beside it are the figure, and its ratio to the slowest of the row.
-Drawn with Pillow, as the curves of a training run are.
+Made with Pillow, as the curves of a training run are.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ INK, PALE = (40, 40, 40), (222, 222, 222)
 COLOURS = ((31, 98, 189), (217, 119, 38), (120, 120, 120), (150, 190, 90), (160, 100, 170))
 
 
-def draw(results: dict[str, Any], title: str) -> Image.Image:
+def chart(results: dict[str, Any], title: str) -> Image.Image:
     """One group of bars for each row that has more than one contender."""
     rows = [row for row in results["rows"] if len(row["values"]) > 1]
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     height = sum(LINE * (len(row["values"]) + 1) + 12 for row in rows)
-    picture = Image.new("RGB", (WIDE, 3 * EDGE + LINE + height), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    image = Image.new("RGB", (WIDE, 3 * EDGE + LINE + height), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     pen.text((EDGE, EDGE), title, fill=INK, font=ImageFont.load_default(20))
     y = 2 * EDGE + LINE
     for row in rows:
@@ -47,7 +47,7 @@ def draw(results: dict[str, Any], title: str) -> Image.Image:
             y += LINE
         pen.line((EDGE, y + 4, WIDE - EDGE, y + 4), fill=PALE)
         y += 12
-    return picture
+    return image
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         words = ("shape", "dtype", "device")
         title = ", ".join([str(results[word]) for word in words if word in results])
         target = options.out / f"{file.stem}.png"
-        draw(results, f"{title}, {results.get('threads', 1)} threads").save(target)
+        chart(results, f"{title}, {results.get('threads', 1)} threads").save(target)
         print(target)
 
 

@@ -51,7 +51,7 @@ class Tally:
 
     tokens: int = 0
     first: list[float] = field(default_factory=list)
-    pictures: list[float] = field(default_factory=list)
+    images: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
     lost: int = 0
     seconds: float = 0.0
@@ -65,7 +65,7 @@ class Tally:
             self.tokens += answer.tokens
             self.first.append(answer.first or answer.seconds)
             if body["modalities"] == ["image"]:
-                self.pictures.append(answer.seconds)
+                self.images.append(answer.seconds)
 
 
 def body_of(number: int, tokens: int) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def measure(model: str, arguments: argparse.Namespace) -> None:
     from earlyfusion.bench.harness import heading, line
 
     alone = Alone(model, arguments.dtype)
-    names = ("how", "tokens/s", "first token, ms p50 / p95", "picture, ms p50 / p95")
+    names = ("how", "tokens/s", "first token, ms p50 / p95", "image, ms p50 / p95")
     print(heading(*names, "processor, µs a token"))
     with started(model, arguments.dtype, 256) as (port, server, engine):
         asyncio.run(load(port, 4, [body_of(n, 8) for n in range(4)]))
@@ -247,7 +247,7 @@ def measure(model: str, arguments: argparse.Namespace) -> None:
                 rows.append((rate, tokens / took, *spent, busy / tokens))
             rate, plain, ours, child, asking, busy = map(median, zip(*rows, strict=True))
             name = f"server, {clients} clients" + (f", {tally.lost} lost" if tally.lost else "")
-            times = spread(tally.first), spread(tally.pictures)
+            times = spread(tally.first), spread(tally.images)
             shares = (
                 f"engine {1e6 * child:.0f}, server {1e6 * ours:.0f}, clients {1e6 * asking:.0f}"
             )
@@ -283,12 +283,12 @@ def measure_mixed(model: str, arguments: argparse.Namespace) -> None:
     import earlyfusion
 
     shown = Path(earlyfusion.__file__).parent / "pretrained/mini/examples/strawberry.png"
-    picture = "data:image/png;base64," + b64encode(shown.read_bytes()).decode()
+    image = "data:image/png;base64," + b64encode(shown.read_bytes()).decode()
     # Small stores, so that they are full when the server is warm; they take no more memory then.
     small = ["--cache-bytes", "32MB", "--file-bytes", "1MB"]
     with started(model, arguments.dtype, 256, *small) as (port, server, engine):
         processes = [server, engine]
-        told = asyncio.run(mixed_load(port, arguments.seconds, 8, picture, processes))
+        told = asyncio.run(mixed_load(port, arguments.seconds, 8, image, processes))
     warm = len(told.bytes[server]) // 5
     growths = [f"{100 * told.growth(process, warm):.2f}%" for process in processes]
     print(

@@ -4,7 +4,7 @@
     python benchmarks/servers.py --shape 1b --dtype bfloat16 --vllm VENV/bin/python --clients 8
     python benchmarks/servers.py --shape 110m --llama VENV/bin/python LLAMA_SERVER
 
-Each prompt has `--prompt` tokens, each reply `--tokens`, drawn greedily and streamed by
+Each prompt has `--prompt` tokens, each reply `--tokens`, sampled greedily and streamed by
 /v1/completions. Prompts are new in every request, so nothing is read from a prefix. All servers
 have random weights of one shape, are loaded at the same time and take turns in every round; figures
 are medians. Each client asks again as soon as it has its answer; a request that fails is counted in

@@ -166,8 +166,8 @@ def _replies(settings: Settings) -> Iterator[Row]:
     greedy = SamplingParams(temperature=0, image_temperature=0, max_tokens=24)
     asked = [
         ("a text, greedy", "What is a cat?", "text", greedy),
-        ("a text, drawn", "What is a cat?", "text", SamplingParams(max_tokens=24)),
-        ("about a picture, greedy", [red, "What is this?"], "text", greedy),
+        ("a text, sampled", "What is a cat?", "text", SamplingParams(max_tokens=24)),
+        ("about an image, greedy", [red, "What is this?"], "text", greedy),
         ("an image, guided", "Draw a cat.", "image", SamplingParams(max_tokens=80)),
     ]
     for what, prompt, output, sampling in asked[: 2 if settings.rehearses else None]:

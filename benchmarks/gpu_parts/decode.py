@@ -38,7 +38,7 @@ REQUIRED = {"static": "serves"}
 # --------------------------------------------------------------------------------------------------
 
 MOST_MILLISECONDS = 15_000
-"""An image that would take longer is not drawn to its end."""
+"""An image that would take longer is not generated to its end."""
 
 
 def weights(settings: Settings, dtype: str) -> Iterator[Row]:

@@ -67,7 +67,7 @@ def _both(settings: Settings, name: str, fp32: VQGAN, batch: int) -> Iterator[Ro
     peak = settings.limits().products
     times: dict[str, dict[str, float]] = {"encode": {}, "decode": {}}
     notes: dict[str, list[str]] = {"encode": [], "decode": []}
-    codes, drawn = Tensor(), Tensor()
+    codes, fp32_pixels = Tensor(), Tensor()
     for way in WAYS:
         if way.compiled and settings.rehearses:  # it takes a CPU longer than all else together
             continue
@@ -76,20 +76,20 @@ def _both(settings: Settings, name: str, fp32: VQGAN, batch: int) -> Iterator[Ro
             encode, decode = _calls(network, pixels.to(next(network.parameters()).dtype), way)
             found = encode()
             codes = found if way is WAYS[0] else codes
-            seen = decode(codes).float().clamp(-1, 1)
-            drawn = seen if way is WAYS[0] else drawn
+            pixels_out = decode(codes).float().clamp(-1, 1)
+            fp32_pixels = pixels_out if way is WAYS[0] else fp32_pixels
             times["encode"][way.name] = _milliseconds(encode, way, device)
             times["decode"][way.name] = _milliseconds(partial(decode, codes), way, device)
         notes["encode"].append(f"{(found == codes).float().mean():.2%}")
-        error = (seen - drawn).square().mean().clamp_min(1e-20)
+        error = (pixels_out - fp32_pixels).square().mean().clamp_min(1e-20)
         notes["decode"].append(f"{10 * torch.log10(4 / error):.0f} dB")
     alike = {"encode": "codes equal to fp32's", "decode": "PSNR beside fp32's"}
     for what, operations in (("encode", ENCODER_OPERATIONS), ("decode", DECODER_OPERATIONS)):
         floor = 1e3 * batch * operations / peak if real else None
         best = min(times[what].values())
-        note = f"{alike[what]}: {', '.join(notes[what])}; the best {best / batch:.2f} ms a picture"
+        note = f"{alike[what]}: {', '.join(notes[what])}; the best {best / batch:.2f} ms per image"
         values = {OURS: times[what][WAYS[0].name]} | times[what]
-        yield Row(f"{name}: {what} {batch} pictures", "ms", values, note, floor)
+        yield Row(f"{name}: {what} {batch} images", "ms", values, note, floor)
 
 
 def _cast(fp32: VQGAN, way: Way) -> VQGAN:
@@ -105,9 +105,9 @@ def _calls(
     network: VQGAN, pixels: Tensor, way: Way
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     pixels = pixels.contiguous(memory_format=torch.channels_last) if way.last else pixels
-    dtype, latents, drawn = pixels.dtype, network.latents, network.pixels
+    dtype, latents, decoded = pixels.dtype, network.latents, network.pixels
     if way.compiled:
-        latents, drawn = (torch.compile(call, fullgraph=True) for call in (latents, drawn))
+        latents, decoded = (torch.compile(call, fullgraph=True) for call in (latents, decoded))
     cast = partial(torch.autocast, pixels.device.type, torch.bfloat16, enabled=way.cast)
 
     def encode() -> Tensor:
@@ -117,7 +117,7 @@ def _calls(
 
     def decode(codes: Tensor) -> Tensor:
         with cast():
-            return drawn(network.embed(codes).to(dtype))
+            return decoded(network.embed(codes).to(dtype))
 
     return encode, decode
 
