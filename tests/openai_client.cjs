@@ -4,13 +4,13 @@
 const fs = require("node:fs");
 const OpenAI = require("openai");
 
-const [, , url, picturePath] = process.argv;
-const picture = fs.readFileSync(picturePath);
+const [, , url, imagePath] = process.argv;
+const imageBytes = fs.readFileSync(imagePath);
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "secret-key", maxRetries: 0 });
 const fruits = [{ role: "user", content: "Show me two different fruits." }];
 
-async function pictureIn() {
-  const url = `data:image/png;base64,${picture.toString("base64")}`;
+async function imageInput() {
+  const url = `data:image/png;base64,${imageBytes.toString("base64")}`;
   const content = [
     { type: "image_url", image_url: { url } },
     { type: "text", text: "What is this?" },
@@ -20,7 +20,7 @@ async function pictureIn() {
   return { text: reply.choices[0].message.content, usage: reply.usage.prompt_tokens_details };
 }
 
-async function pictureOut() {
+async function imageOutput() {
   const messages = [{ role: "user", content: "Draw a cat." }];
   const reply = await client.chat.completions.create({
     model: "mini",
@@ -86,7 +86,7 @@ async function generations() {
 }
 
 async function edits() {
-  const image = await OpenAI.toFile(picture, "picture.png", { type: "image/png" });
+  const image = await OpenAI.toFile(imageBytes, "image.png", { type: "image/png" });
   const prompt = "Redraw this in another style.";
   const reply = await client.images.edit({ image, prompt, seed: 2 });
   return reply.data[0].b64_json;
@@ -130,7 +130,7 @@ async function main() {
   const models = [];
   for await (const model of client.models.list()) models.push(model.id);
   const seen = { models, failures: await failures() };
-  const steps = { pictureIn, pictureOut, interleaved, responses, generations, edits, parsed };
+  const steps = { imageInput, imageOutput, interleaved, responses, generations, edits, parsed };
   for (const [name, step] of Object.entries(steps)) seen[name] = await step();
   console.log(JSON.stringify(seen));
 }

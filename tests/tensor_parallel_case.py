@@ -176,7 +176,7 @@ def spoil(engine: Engine, part: Transformer, request: Request) -> None:
         list(engine.add(replace(request, ids=[*request.ids, *[token] * 90])))
     except WeightsError:
         return
-    raise AssertionError("a state that is not finite was drawn from")
+    raise AssertionError("a token was sampled from a state that is not finite")
 
 
 def act_captured(peers: Peers, collectives: int) -> None:

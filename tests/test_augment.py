@@ -1,4 +1,4 @@
-"""Changes of pictures on the device."""
+"""Augmentation of images on the device."""
 
 from __future__ import annotations
 

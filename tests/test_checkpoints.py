@@ -183,7 +183,7 @@ class TestTransformersAsAPeer:
             loaded.vqgan.decode(codes)
 
 
-PICTURE = locate("mini") / "examples" / "strawberry.png"
+IMAGE_PATH = locate("mini") / "examples" / "strawberry.png"
 
 
 def answered(folder: Path) -> list[str]:
@@ -192,7 +192,7 @@ def answered(folder: Path) -> list[str]:
 
     processor = ChameleonProcessor.from_pretrained(folder)
     model = ChameleonForConditionalGeneration.from_pretrained(folder)
-    image = Image.open(PICTURE).pil
+    image = Image.open(IMAGE_PATH).pil
     prompts = ["<image>What is this?", "<image>Draw. <image><image>What is this, in one word?"]
     together = processor(images=[image] * 4, text=prompts, padding=True, return_tensors="pt")
     alone = [processor(images=[image] * n, text=t) for n, t in zip((1, 3), prompts, strict=True)]
@@ -333,7 +333,7 @@ class TestImageMode:
         assert recorded == [mode]
 
     def test_two_modes_at_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        arguments = ["encode", str(PICTURE), "-o", str(tmp_path / "c"), "--mode", "fit"]
+        arguments = ["encode", str(IMAGE_PATH), "-o", str(tmp_path / "c"), "--mode", "fit"]
         assert main([*arguments, "--crop"]) == 2
         assert "--mode fit and --crop differ" in capsys.readouterr().err
         assert main([*arguments, "--fit"]) == 0

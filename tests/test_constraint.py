@@ -87,7 +87,7 @@ NUMBER: /[1-9][0-9]{0,2}/""",
 ]
 
 
-def draws(count: int, **fields: Any) -> list[str]:
+def sampled_texts(count: int, **fields: Any) -> list[str]:
     prompts = ["Name a fruit.", "What is this?", "Draw a cat.", "Hi"]
     replies = mini().generate_batch(
         [prompts[i % 4] for i in range(count)], "text", temperature=1, seed=0, top_p=1, **fields
@@ -106,21 +106,21 @@ MANY = pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark
 def test_text_sampled_at_random_validates(number: int, count: int) -> None:
     schema = SCHEMAS[number]
     validator = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
-    for text in draws(count, json_schema=schema):
+    for text in sampled_texts(count, json_schema=schema):
         validator.validate(json.loads(text))
 
 
 @MANY
 @pytest.mark.parametrize("regex", REGEXES)
 def test_text_sampled_at_random_matches(regex: str, count: int) -> None:
-    assert all(re.fullmatch(regex, text) for text in draws(count, regex=regex))
+    assert all(re.fullmatch(regex, text) for text in sampled_texts(count, regex=regex))
 
 
 @MANY
 @pytest.mark.parametrize("number", range(len(GRAMMARS)))
 def test_text_sampled_at_random_is_in_the_grammar(number: int, count: int) -> None:
     grammar, fits = GRAMMARS[number]
-    assert all(fits(text) for text in draws(count, grammar=grammar))
+    assert all(fits(text) for text in sampled_texts(count, grammar=grammar))
 
 
 def test_a_schema_that_allows_any_object_gives_json() -> None:
@@ -136,7 +136,7 @@ def test_a_schema_that_allows_any_object_gives_json() -> None:
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Chameleon:
-    """Likes to draw; its images are not decoded here."""
+    """Prefers images; its images are not decoded here."""
     processor = tiny_processor(tmp_path_factory.mktemp("tiny"))
     model = mini()
     return Chameleon(tiny_transformer(processor, begin_image=3.0), model.image_tokenizer, processor)
@@ -194,7 +194,7 @@ def test_a_mask_in_a_batch_gives_the_tokens_of_the_plain_loop(
         monkeypatch.setattr(engine.runner.backend, "sample", None)
     elif engine.runner.backend.sample is None:
         pytest.skip("needs a C++ compiler")
-    monkeypatch.setattr(TokenSampler, "_sample_steered", None)  # none of them is drawn by itself
+    monkeypatch.setattr(TokenSampler, "_sample_steered", None)  # none of them is sampled separately
     requests = [
         random_model.request(
             "a pear",
@@ -219,7 +219,7 @@ def test_tokens_allowed_around_an_image(random_model: Chameleon) -> None:
     request = random_model.request("a pear", "interleaved", seed=0, regex="[a-c]{2,6}")
     image = processor.layout.spell(np.zeros((8, 8), int), vocabulary)
     letters = [processor.encode_text(letter)[0] for letter in "abc"]
-    marks = {vocabulary.begin_image: "picture", vocabulary.eos: "end"}
+    marks = {vocabulary.begin_image: "image", vocabulary.eos: "end"}
 
     def next_ones(*reply: int) -> set[str]:
         follows = constraint.constraint(processor, request)
@@ -228,12 +228,12 @@ def test_tokens_allowed_around_an_image(random_model: Chameleon) -> None:
         allowed = logits_V.isfinite().nonzero()[:, 0].tolist()
         return {marks.get(token, "text") for token in allowed}
 
-    assert next_ones() == {"picture", "text"}
+    assert next_ones() == {"image", "text"}
     assert next_ones(*image) == {"text"}, "not two before the text"
     assert next_ones(letters[0]) == {"text"}
-    assert next_ones(*image, *letters) == {"picture", "text", "end"}
-    assert next_ones(*letters, *image) == {"picture", "end"}
-    assert next_ones(*letters, *image, *image) == {"picture", "end"}
+    assert next_ones(*image, *letters) == {"image", "text", "end"}
+    assert next_ones(*letters, *image) == {"image", "end"}
+    assert next_ones(*letters, *image, *image) == {"image", "end"}
 
 
 def test_a_grammar_says_where_an_image_stands(random_model: Chameleon) -> None:

@@ -207,9 +207,9 @@ def test_large_jpeg_is_scaled_down_by_its_decoder() -> None:
     shapes = []
     load = content.JpegImageFile.load
 
-    def spy(picture: Any) -> Any:
-        shapes.append(picture.size)
-        return load(picture)
+    def spy(image: Any) -> Any:
+        shapes.append(image.size)
+        return load(image)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(content.JpegImageFile, "load", spy)

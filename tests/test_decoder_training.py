@@ -20,11 +20,11 @@ from earlyfusion.train.trainer import RunConfig, train
 
 DATA = Path(__file__).parent / "data"
 TINY = PRESETS["tiny"].vq_config
-DRAWING = ("decoder.", "post_quant_conv.")
+DECODER = ("decoder.", "post_quant_conv.")
 
 
-def _is_drawing(name: str) -> bool:
-    return name.startswith(DRAWING)
+def _is_of_decoder(name: str) -> bool:
+    return name.startswith(DECODER)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -44,7 +44,7 @@ def test_encoder_and_codebook_stay_and_the_decoder_learns(
     train(task, run_config, gentle)
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if _is_drawing(name)}
+    assert changed == {name for name in before if _is_of_decoder(name)}
     assert torch.equal(model.encode(images), codes)
     rows = read_metrics(tmp_path)
     assert rows[-1]["psnr"] > rows[0]["psnr"] + 1
@@ -61,8 +61,8 @@ def test_the_decoder_sees_exact_codewords_in_bf16(monkeypatch: pytest.MonkeyPatc
     with torch.autocast("cpu", torch.bfloat16):
         task.loss(0)[0].backward()
     assert torch.equal(recorded[0], codes)
-    assert all(p.grad is None for n, p in model.named_parameters() if not _is_drawing(n))
-    assert all(p.grad is not None for n, p in model.named_parameters() if _is_drawing(n))
+    assert all(p.grad is None for n, p in model.named_parameters() if not _is_of_decoder(n))
+    assert all(p.grad is not None for n, p in model.named_parameters() if _is_of_decoder(n))
 
 
 def test_the_recipe_goes_on_with_the_decoder_of_another_run(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_recipe_goes_on_with_the_decoder_of_another_run(tmp_path: Path) -> N
     run("mini_image_tokenizer", [*alone, f"out={tmp_path / 'second'}"])
     first, second = (checkpoint.load(tmp_path / name)[0]["model"] for name in ("first", "second"))
     for name, value in first.items():
-        assert torch.equal(value, second[name]) != _is_drawing(name)
+        assert torch.equal(value, second[name]) != _is_of_decoder(name)
 
 
 @pytest.mark.parametrize("first_level", [0, 1])
@@ -88,7 +88,7 @@ def test_codebook_and_decoder_stay_and_the_encoder_learns(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = (torch.rand(4, 3, 16, 16) * 2 - 1).to(device)
     labels, codes = torch.arange(4, device=device)[:, None], model.encode(images)
-    drawing = model.decode(codes)
+    decoded = model.decode(codes)
     loss = VQLossConfig(naming=1.0, match=0.01, drawn=0.5, first_level=first_level, revive_every=2)
     task = ImageTokenizerTask(model, loss, lambda _: (images, labels), 30, "encoder", head=head)
     assert task.loss(0)[1]["match"] == 0
@@ -100,7 +100,7 @@ def test_codebook_and_decoder_stay_and_the_encoder_learns(
     levels = ("encoder.conv_in.", "encoder.down.0.") if first_level else ()
     learns = {n for n in before if n.startswith(("encoder.", "quant_conv."))}
     assert changed == {n for n in learns if not n.startswith(levels)}
-    assert torch.equal(model.decode(codes), drawing)
+    assert torch.equal(model.decode(codes), decoded)
     rows = read_metrics(tmp_path)
     assert rows[0]["named"] < 1 and rows[-1]["named"] == 1 and rows[-1]["match"] > 0
 

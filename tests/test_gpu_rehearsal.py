@@ -67,8 +67,8 @@ def test_results_are_few_small_files(rehearsal: tuple[Path, str]) -> None:
     names = {file.name for file in rehearsal[0].iterdir()}
     assert names == {"results.json", "results.md", "results.png", "log.txt"}
     assert all(file.stat().st_size < 2**20 for file in rehearsal[0].iterdir())
-    with PIL.Image.open(rehearsal[0] / "results.png") as picture:
-        assert picture.width > 500
+    with PIL.Image.open(rehearsal[0] / "results.png") as chart:
+        assert chart.width > 500
 
 
 def test_ours_and_theirs_share_a_row(rehearsal: tuple[Path, str]) -> None:

@@ -110,7 +110,7 @@ def test_a_negative_prompt_replaces_only_the_unconditional_branch() -> None:
     assert prompts == [history, [BOS, *IMAGE, BEGIN], [*negative, BEGIN]]
 
 
-@pytest.mark.parametrize("with_image", [False, True], ids=["words", "picture"])
+@pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 def test_a_negative_prompt_follows_the_formula(
     tmp_path: Path, with_image: bool, device: torch.device
 ) -> None:

@@ -2,7 +2,7 @@
 
 A config follows from its seed. Together the seeds hold every activation, every kind of RoPE within
 and beyond the trained length, both places of the norms, grouped heads, biases, tied heads, image
-tokenizers of odd shapes, and pictures of other sizes than the configured one.
+tokenizers of odd shapes, and images of other sizes than the configured one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drawing through the transformers face: modes, guidance, the processor and the Auto classes."""
+"""Generating with the transformers classes: modes, guidance, processor and Auto classes."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ class TestModes:
         inputs = processor(text="Draw a pear.").to(model.device)
         how: dict[str, Any] = {"multimodal_generation_mode": "text-only", "do_sample": False}
 
-        def drawn(**settings: Any) -> list[int]:
+        def generated(**settings: Any) -> list[int]:
             config = transformers.GenerationConfig(
                 **{"pad_token_id": 1, "eos_token_id": 2} | settings
             )
@@ -259,15 +259,15 @@ class TestModes:
             monkeypatch.setattr(model, "generation_config", config)
             return new_tokens(model.generate(**inputs, **how), inputs)
 
-        free = drawn(max_new_tokens=6)
+        free = generated(max_new_tokens=6)
         assert len(free) == 6
-        assert drawn(max_length=inputs["input_ids"].shape[1] + 4) == free[:4]
-        assert drawn(max_new_tokens=6, eos_token_id=[2, free[2]])[:3] == free[:3]
+        assert generated(max_length=inputs["input_ids"].shape[1] + 4) == free[:4]
+        assert generated(max_new_tokens=6, eos_token_id=[2, free[2]])[:3] == free[:3]
         how |= {"multimodal_generation_mode": "image-only"}
-        assert len(drawn(max_new_tokens=6)) == IMAGE_TOKENS  # such a limit is meant for text
+        assert len(generated(max_new_tokens=6)) == IMAGE_TOKENS  # such a limit is meant for text
         how |= {"guidance_text": 3.0}
         with pytest.raises(SettingError, match="set num_beams=1"):
-            drawn(num_beams=2)
+            generated(num_beams=2)
 
     @pytest.mark.parametrize(
         ("settings", "error", "sentence"),

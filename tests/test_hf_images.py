@@ -1,4 +1,4 @@
-"""Pictures to pixels in the transformers face: two back ends, equal to each other and to Meta's."""
+"""Images to pixels in the transformers classes: two equal back ends, which equal Meta's."""
 
 from __future__ import annotations
 

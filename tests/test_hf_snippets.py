@@ -1,6 +1,6 @@
 """What transformers' page about Chameleon shows, with our imports and a folder on this machine.
 
-The calls and their arguments are those of the page; pictures are files in place of addresses, and
+The calls and their arguments are those of the page; images are files in place of addresses, and
 `device_map` needs accelerate as it does there.
 """
 

@@ -1,4 +1,4 @@
-"""Fine-tuning the transformers face: PEFT, transformers' Trainer, TRL; pictures in the loss."""
+"""Fine-tuning the transformers classes: PEFT, Trainer, TRL; images in the loss."""
 
 from __future__ import annotations
 

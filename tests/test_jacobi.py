@@ -1,4 +1,4 @@
-"""Several codes of a picture in one pass: the same distribution, and greedy the same codes."""
+"""Several codes of an image in one pass: the same distribution, and greedy the same codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lumina-mGPT: pictures of any of its sizes, spelled and drawn; its guidance by one scale."""
+"""Lumina-mGPT: images of any of its sizes, as tokens and generated; its guidance with one scale."""
 
 from __future__ import annotations
 

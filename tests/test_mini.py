@@ -98,15 +98,15 @@ def test_json_is_one_object(run: Run) -> None:
 
 
 def test_demo(run: Run) -> None:
-    """Named in both languages, drawn, and mixed."""
+    """Naming in both languages, generation, and a mixed list."""
     told = json.loads(run("demo", "--json", "--seed", 5))
-    english, korean, drawing, mixed = told["steps"]
+    english, korean, generation, mixed = told["steps"]
     assert ("strawberry" in english["text"], "딸기" in korean["text"]) == (True, True)
-    assert english["images"] == korean["images"] == [] and drawing["text"] == ""
-    assert len(drawing["images"]) == 1 and len(mixed["images"]) >= 2
+    assert english["images"] == korean["images"] == [] and generation["text"] == ""
+    assert len(generation["images"]) == 1 and len(mixed["images"]) >= 2
     kinds = [segment["type"] for segment in mixed["segments"]]
     assert kinds == ["text", "image"] * len(mixed["images"]), "each name before its picture"
-    generated = [*drawing["images"], *mixed["images"]]
+    generated = [*generation["images"], *mixed["images"]]
     assert sorted(generated) == sorted(str(path) for path in Path("earlyfusion-demo").iterdir())
     images = [Path(path).read_bytes() for path in generated]
     assert len({*images}) == len(images)
@@ -134,9 +134,9 @@ def test_gallery_is_a_sheet_of_the_first_seeds(run: Run, model: Chameleon) -> No
 
 def test_encode_then_decode_comes_near(run: Run, model: Chameleon) -> None:
     run("encode", "strawberry.png", "-o", "c.safetensors", "--device", "cpu")
-    run("decode", "c.safetensors", "-o", "drawn", "--device", "cpu")
+    run("decode", "c.safetensors", "-o", "decoded", "--device", "cpu")
     before = np.asarray(model.image_tokenizer.square(Image.open("strawberry.png")), np.float64)
-    with PIL.Image.open("drawn/image-1.png") as image_path:
+    with PIL.Image.open("decoded/image-1.png") as image_path:
         after = np.asarray(image_path, np.float64)
     plain = before.mean((0, 1), keepdims=True)
     assert ((before - after) ** 2).mean() < ((before - plain) ** 2).mean() / 4

@@ -124,7 +124,7 @@ def test_parts_of_a_step_add_up_to_the_step(one: Path) -> None:
 def test_two_processes_give_the_losses_of_one(
     one: Path, two: Path, several: str, single: str
 ) -> None:
-    """`meta`: weights drawn in their place; `killed`: a process died at step 12 of 20.
+    """`meta`: weights initialised in place; `killed`: a process died at step 12 of 20.
 
     `adapters`, `head`: a part of the model is trained, and what is frozen is cut over both too.
     """

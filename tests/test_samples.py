@@ -1,4 +1,4 @@
-"""Sample pictures drawn during a run: they are there, and the training does not notice."""
+"""Sample images generated during a run: they are there, and do not change the training."""
 
 from __future__ import annotations
 

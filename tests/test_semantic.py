@@ -162,5 +162,5 @@ def test_the_recipe_names_held_out_images_and_its_decoder_goes_on(
     alone = ["trainable=decoder", "naming=0", "perturb=0.1", f"start={tmp_path / 'first'}"]
     run("mini_named_image_tokenizer", [*small, *alone, f"out={tmp_path / 'second'}"])
     first, second = (checkpoint.weights(tmp_path / name) for name in ("first", "second"))
-    drawing = ("decoder.", "post_quant_conv.")
-    assert all(torch.equal(first[n], second[n]) != n.startswith(drawing) for n in first)
+    decoder = ("decoder.", "post_quant_conv.")
+    assert all(torch.equal(first[n], second[n]) != n.startswith(decoder) for n in first)

@@ -1,4 +1,4 @@
-"""Everything at once for a while: text, pictures both ways, structured text, clients that leave,
+"""Everything at once for a while: text, images both ways, structured text, clients that leave,
 and requests that are wrong."""
 
 from __future__ import annotations

@@ -57,9 +57,9 @@ def decoded(data: str) -> bytes:
 def test_images_in_and_out(results: dict[str, Any]) -> None:
     prompt = [Image.open(STRAWBERRY), "What is this?"]
     assert results["models"] == ["mini"]
-    assert results["pictureIn"]["text"] == mini().generate(prompt, seed=0).text
-    assert results["pictureIn"]["usage"]["image_tokens"] == 66
-    assert decoded(results["pictureOut"]) == answer("Draw a cat.", "image", 1).images[0].tobytes()
+    assert results["imageInput"]["text"] == mini().generate(prompt, seed=0).text
+    assert results["imageInput"]["usage"]["image_tokens"] == 66
+    assert decoded(results["imageOutput"]) == answer("Draw a cat.", "image", 1).images[0].tobytes()
     assert results["parsed"]["name"] in ("apple", "pear")
 
 

@@ -1,9 +1,9 @@
 """A stream as Open WebUI 0.12.4 reads it (its utils/middleware.py), replayed without it.
 
 It reads line by line and skips what does not begin with "data:", so also the names of events and
-comments. Pictures in `delta.images` become attachments, which it stores and does not send again.
+comments. Images in `delta.images` become attachments, which it stores and does not send again.
 `delta.content` is put together, shown as markdown, and sent back as the text of the assistant's
-turn; only the user's turns get their pictures back, as data URLs.
+turn; only the user's turns get their images back, as data URLs.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_an_attached_image_that_the_user_sends_again_keeps_its_codes(server: Run
 def test_markdown_shows_images_in_order_and_brings_them_back(server: Running) -> None:
     reply = answer(FRUITS, "auto", 0)
     shown = replayed(server, [turn("user", FRUITS)], image_delivery="markdown")
-    assert shown.attachments == [], "a picture would be shown twice"
+    assert shown.attachments == [], "an image would be shown twice"
     pieces = MARKDOWN.split(shown.content)
     texts, addresses = [piece.strip() for piece in pieces[::2] if piece.strip()], pieces[1::2]
     assert texts == reply.text.split("\n") and len(addresses) == 2

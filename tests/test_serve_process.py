@@ -32,7 +32,7 @@ from earlyfusion.serve.process import Child, Front, RemoteEngine
 from earlyfusion.serve.spawn import LoadPlan, start
 from earlyfusion.vocabulary import Vocabulary
 
-DRAWING: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
+IMAGES_ONLY: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,8 @@ def test_an_engine_that_is_lost_is_started_again(
     if how == "stopped":
         monkeypatch.setattr(remote, "step_timeout", 1.0)
     with ThreadPoolExecutor(4) as pool:
-        requests = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(3)]
-        stream = pool.submit(server.chat, "Draw a cat.", stream=True, **DRAWING)
+        requests = [pool.submit(server.chat, "Draw a cat.", **IMAGES_ONLY) for _ in range(3)]
+        stream = pool.submit(server.chat, "Draw a cat.", stream=True, **IMAGES_ONLY)
         while server.service.driver.running < 4:
             sleep(0.005)
         os.kill(before, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
@@ -258,7 +258,7 @@ def leave(server: Running, number: int) -> None:
     """Ask, and leave: at once, with the first token, while the reply is made, or in an image."""
     url = f"{server.url}/v1/chat/completions"
     prompt = f"Draw {number} cats." if number % 2 else "Tell me of fruit."
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **DRAWING}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **IMAGES_ONLY}
     body["max_images"] = 2
     with httpx.Client(timeout=60) as client:
         if number % 4 == 0:

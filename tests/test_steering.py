@@ -103,8 +103,8 @@ def test_a_processor_sees_all_tokens_and_has_the_last_word_but_for_the_grammar(
     reply = model.generate("x", "image", image_temperature=0, logits_processors=[same, force])
     [image] = reply.segments
     assert isinstance(image, Image) and image.codes is not None
-    assert (image.codes == 5).all(), "a text token cannot come in a picture"
-    assert len(histories) == 64, "forced tokens are not drawn"
+    assert (image.codes == 5).all(), "a text token cannot come in an image"
+    assert len(histories) == 64, "forced tokens are not sampled"
 
 
 def test_processors_are_called_in_order_on_guided_logits(model: Chameleon) -> None:
@@ -314,7 +314,7 @@ def test_logprobs_of_a_guided_image_are_the_unguided_models(model: Chameleon) ->
     assert isinstance(image, Image) and image.codes is not None and reply.logprobs is not None
     spelled = model.processor.layout.spell(image.codes, model.processor.vocabulary)
     expected = logprobs_by_hand(model, list(request.ids), spelled)
-    assert [entry.id for entry in reply.logprobs] == spelled[1:-1], "marks are not drawn"
+    assert [entry.id for entry in reply.logprobs] == spelled[1:-1], "only codes are sampled"
     assert [e.logprob for e in reply.logprobs] == pytest.approx(expected[1:-1], abs=1e-4)
 
 

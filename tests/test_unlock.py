@@ -1,4 +1,4 @@
-"""Proofs on real models: eight documents learnt by heart, and a head that learns to draw again."""
+"""Models that are really trained: on eight documents, and to generate images again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small_model(folder: Path) -> Path:
 
 
 def eight(folder: Path) -> Path:
-    """Eight dialogues: images are named, drawn, and mixed with words."""
+    """Eight dialogues: images are named, generated, and mixed with text."""
     data, rows = EmojiData(DATA), []
     for number, row in enumerate(data.rows[:8]):
         data.image(row["id"]).save(folder / f"{number}.png")
