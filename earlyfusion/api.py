@@ -87,10 +87,13 @@ _GREY = (128, 128, 128)
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """The model's answer: `segments` in order, its images with both pixels and codes. The same
-    request with this `seed` gives the same reply. `logprobs` has an entry per generated token, if
-    the request asked for them. If the prompt ends with an assistant's turn, the reply is only the
-    continuation of that turn."""
+    """The model's answer: `segments` in order, its images with both pixels and codes.
+
+    `finish_reason` is "stop" (the model, a stop string or the number of images ended the reply) or
+    "length" (no more tokens fit). `usage` has numbers of tokens. The same request with this `seed`
+    gives the same reply. `logprobs` has an entry per sampled token, if the request asked for them.
+    If the prompt ends with an assistant's turn, the reply is only the continuation of that turn.
+    """
 
     segments: list[Segment]
     finish_reason: Reason
@@ -105,6 +108,7 @@ class Reply:
 
     @property
     def images(self) -> list[PIL.Image.Image]:
+        """The generated images, in RGB."""
         return [s.pil for s in self.segments if isinstance(s, Image) and s.pil is not None]
 
     @property
@@ -224,6 +228,7 @@ class Chameleon:
 
     @property
     def config(self) -> ModelConfig:
+        """The shapes of the transformer and, under `vq_config`, of the VQ-GAN."""
         return self.transformer.config
 
     @property
@@ -358,7 +363,8 @@ class Chameleon:
         adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Iterator[Event]:
-        """The events of `generate` as they come; `Finished` is the last. Mistakes raise at once.
+        """The events of `generate` as they come; `Finished` is the last. Mistakes raise an
+        `EarlyFusionError` at once, before the first event is taken.
 
         The request starts when the first event is taken, and ends when the iterator is closed. An
         `ImageDone` is decoded when it is taken. After every `preview_every` codes of an image there
@@ -412,8 +418,10 @@ class Chameleon:
         adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> list[Reply]:
-        """Answer all prompts at once, each as `generate` would. `output`, `sampling` and `seed` may
-        be lists. With one `seed`, prompt number i has the seed `seed + i`."""
+        """Answer all prompts in common batches, each as `generate` would. `output`, `sampling` and
+        `seed` may be lists with an entry per prompt. With one `seed`, prompt number i (from 0) has
+        the seed `seed + i`. A mistake in any prompt raises an `EarlyFusionError` before the first
+        is answered."""
         check_names(fields, [*_KEYWORDS, "prompts"])
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise PromptError(

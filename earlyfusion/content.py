@@ -142,7 +142,8 @@ Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path | npt.NDArray[Any]
 
 @dataclass(init=False)
 class Message:
-    """One turn: the speaker and the parts, which may also be str, PIL images, paths or arrays."""
+    """One turn: the speaker and the parts, which may also be str, PIL images, paths or arrays.
+    Raises `PromptError` for another role or part, `ImageError` for an image that cannot be read."""
 
     role: Role
     parts: list[Segment]
@@ -157,6 +158,7 @@ class Message:
 
     @property
     def images(self) -> list[Image]:
+        """The images among the parts, in order."""
         return [part for part in self.parts if isinstance(part, Image)]
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 
 class Field(NamedTuple):
+    """A field of a dataclass; `type` is its annotation as text, `meaning` the text below it."""
+
     name: str
     type: str
     default: Any

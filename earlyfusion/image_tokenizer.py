@@ -60,6 +60,7 @@ _NO_VQGAN = (
 
 class ImageTokenizer:
     """Encodes images to codes and decodes codes to images, on the device of its VQ-GAN.
+    `resolution` is the side of encoded images in pixels, a multiple of the VQ-GAN's stride.
 
     `mode` says how an image becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
     keeps the whole image on a white square. The `processor_config.json` of a model trained on
@@ -92,6 +93,7 @@ class ImageTokenizer:
 
     @property
     def device(self) -> torch.device:
+        """The device of the VQ-GAN, and so of the codes that `encode` returns."""
         return self.vqgan.codewords.device
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,7 +116,9 @@ class ImageTokenizer:
         return torch.cat([self._encode_batch(batch, mode) for batch in batches])
 
     def decode(self, codes_nhw: Tensor) -> list[PIL.Image.Image]:
-        """Images of codes int64 [n, h, w]; values are truncated to 8 bits, as in Meta's code."""
+        """RGB images of codes int64 [n, h, w], each w * stride pixels wide and h * stride high.
+        Values are truncated to 8 bits, as in Meta's code. Raises `ImageError` for codes of another
+        shape or type, beyond the codebook, or of too large an image."""
         codes, step = _check_codes(codes_nhw), self._batch_size
         self._check_size(*codes.shape[1:])
         return [
@@ -225,6 +229,7 @@ def _check_codes(codes: Any) -> Tensor:
 
 
 def cropped(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The square in the centre of an image, `side` pixels wide after resizing."""
     scale = side / min(image.size)
     width, height = (round(scale * length) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2

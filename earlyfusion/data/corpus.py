@@ -41,11 +41,15 @@ class CorpusConfig:
     added: tuple[str, ...] = ()
     """Sources that join from document `added_from` on, with half of the weight of all."""
     added_from: int = 0
+    """The number of the document from which on `added` joins."""
     balance: bool = True
     """Give answers of text, of images and of both the same share of a source."""
     patterns: tuple[str, ...] = ()
+    """Files of a folder or hub data set to take, such as `train/*.parquet`; none: all."""
     images: Path | None = None
+    """Folder of the images; None: beside the file of the row."""
     max_broken: float = 0.1
+    """Largest share of rows that may be broken, once 100 are read."""
     encoding: EncodingSettings = field(default_factory=EncodingSettings)
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ class ImagesConfig:
     checked: int = 64
     """Images to check on."""
     patterns: tuple[str, ...] = ()
+    """Files of a folder or hub data set to take, such as `train/*.jpg`; none: all."""
     images: Path | None = None
     """Folder of the images that rows name; None: beside the file of the row."""
     max_broken: float = 1.0
@@ -63,6 +64,9 @@ class ImagesConfig:
 
 
 class Images(Protocol):
+    """The images of a source by number. `groups` are sizes of groups of numbers that are cheap to
+    read together, in order; with `is_random` any number is as cheap to read as the next."""
+
     fingerprint: str
     groups: list[int]
     is_random: bool
@@ -102,6 +106,8 @@ class ImageFiles:
 
 
 class RowImages:
+    """The images that rows of tables name or contain."""
+
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self.groups, self.is_random = rows.groups, rows.is_random

@@ -40,6 +40,8 @@ class Numbered(Protocol):
 
 
 class Documents(Numbered, Protocol):
+    """The documents of one source by number, from 0."""
+
     name: str
     fingerprint: str
     splitter: DocumentSplitter

@@ -54,11 +54,15 @@ class RoleWeights:
     """Loss weight of a target by its role; control tokens other than the closing eos stay at 0."""
 
     prompt_text: float = 0.0
+    """Loss weight of the text of prompts."""
     prompt_image: float = 0.0
+    """Loss weight of the images of prompts."""
     answer_text: float = 1.0
+    """Loss weight of the text of answers and plain documents."""
     answer_image: float = 1.0
+    """Loss weight of the images of answers and plain documents."""
     end: float = 1.0
-    """The eos that closes the last answer."""
+    """Loss weight of the eos that closes the last answer."""
 
     def __post_init__(self) -> None:
         for name, weight in asdict(self).items():

@@ -132,6 +132,7 @@ class BlockPool:
         return len({b for prefix in prefixes for b in prefix.blocks if not self.references[b]})
 
     def attach(self, branch: Branch, prefix: Prefix) -> None:
+        """Let a branch without blocks share those of a prefix; their tokens count as read."""
         for block in prefix.blocks:
             self._cached.pop(block, None)
             self.references[block] += 1

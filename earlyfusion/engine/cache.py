@@ -157,7 +157,7 @@ def cache_size(
     """The cache that fits into `budget` bytes, or into a share of the free memory less `reserved`
     bytes (a quarter on a CPU, 80% on a GPU). Without a budget it has room for at least the three
     branches of a guided image at full context, unless a context of over LONG_CONTEXT tokens is more
-    than memory holds, and for at most MOST_CONTEXTS contexts. Raises `SettingError` if a budget
+    than memory holds, and for at most MAX_CONTEXTS contexts. Raises `SettingError` if a budget
     holds no block."""
     block_bytes = BLOCK_SIZE * token_bytes
     context = -(-context_tokens // BLOCK_SIZE)

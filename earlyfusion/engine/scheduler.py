@@ -176,7 +176,7 @@ class Scheduler:
             return PREFILL_ONLY_FACTOR * self.chunk
         rows = sum(len(entry.branches) * (1 + len(entry.drafts)) for entry in sampling)
         waiting = max(len(self.running) - len(sampling), len(sampling))
-        # chunk * (1 + (rows - 1) / _STEP_ROWS) * (waiting / sampling), in whole numbers.
+        # chunk * (1 + (rows - 1) / _CHEAP_ROWS) * (waiting / sampling), in whole numbers.
         budget = self.chunk * (_CHEAP_ROWS + rows - 1) * waiting // (_CHEAP_ROWS * len(sampling))
         return min(budget, PREFILL_ONLY_FACTOR * self.chunk)
 

@@ -61,12 +61,14 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ImageStarted:
+    """An image begins; `index` counts the images of the reply from 0."""
+
     index: int
 
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """Sent after each row of codes."""
+    """Sent after each row of codes of image number `index`: `codes_done` of `codes_total`."""
 
     index: int
     codes_done: int

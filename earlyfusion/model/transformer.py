@@ -36,7 +36,8 @@ from earlyfusion.model.rotary import Rotary, check_rope, rotary_tables, rotate
 
 
 class RMSNorm(nn.Module):
-    """`kernels/fused.py` has a twin for training on a CPU."""
+    """Computed in fp32, returned in the input's dtype. `kernels/fused.py` has a faster version for
+    training on a CPU."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -67,7 +68,10 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """`kernels/fused.py` has a twin for training on a CPU."""
+    """Projections, QK-norm and rotation; `attend` computes the attention itself.
+
+    `kernels/fused.py` has a twin for training on a CPU.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -97,7 +101,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`kernels/fused.py` has a twin for training on a CPU."""
+    """The gated feed-forward: down(act(gate(x)) * up(x)); with SiLU it is SwiGLU.
+
+    `kernels/fused.py` has a twin for training on a CPU.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -117,6 +124,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each with a norm before it (after it with `swin_norm`), dropout
+    and a residual connection."""
+
     def __init__(
         self, config: ModelConfig, dropout: float, attention: Attention | None = None
     ) -> None:

@@ -42,6 +42,8 @@ def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
+    """Two 3 x 3 convolutions after norm and swish, and a residual connection."""
+
     def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
         super().__init__()
         self.norm1, self.conv1 = _norm(inputs), _conv3(inputs, outputs)
@@ -73,6 +75,8 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halves height and width by a convolution of stride 2."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -83,6 +87,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = _conv3(channels, channels)
@@ -117,6 +123,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """The blocks at the lowest resolution, with attention between them if the config has it."""
+
     def __init__(self, channels: int, config: VQConfig) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels, config.dropout)
@@ -137,6 +145,8 @@ def _attends(config: VQConfig, side: int) -> bool:
 
 
 class Encoder(nn.Module):
+    """Pixels [B, 3, Y, X] in -1 to 1 -> latents [B, latent channels, y, x]."""
+
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multiplier]
@@ -166,7 +176,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Levels are stored from high to low resolution and run in reverse."""
+    """Latents [B, latent channels, y, x] -> pixels [B, 3, Y, X], not clamped. Levels are stored
+    from high to low resolution and run in reverse."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()

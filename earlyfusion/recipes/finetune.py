@@ -50,6 +50,9 @@ from earlyfusion.train.validation import LOSS, Validation, best_folder
 
 @dataclass
 class FinetuneConfig(LanguageConfig):
+    """Fine-tuning of all weights, of low-rank adapters, or of the image rows of the head. Raises
+    `SettingError` for combinations that are not possible."""
+
     model: str = "mini"
     """The embedded model, a model folder, or a hub id."""
     trainable: str = "all"
@@ -106,6 +109,7 @@ class FinetuneConfig(LanguageConfig):
 
 
 def main(config: FinetuneConfig) -> None:
+    """Train, then write `adapter/` and `model/` as the config says."""
     run = config.run
     source = detect.open_source(detect.locate(config.model))
     _check_model(config, source)

@@ -57,7 +57,10 @@ from earlyfusion.train.trainer import RunConfig, train
 
 @dataclass
 class SquaresConfig(ImageTokenizerConfig):
+    """Training on random squares of any images."""
+
     micro_batch: int = 4
+    """Images that one process computes at a time; 0: all of its share."""
     workers: int = 4
     """Threads that prepare the next batches while the network learns; 0: none."""
     pictures: ImagesConfig = field(default_factory=ImagesConfig)

@@ -43,6 +43,8 @@ from earlyfusion.train.watch import WatchConfig
 
 @dataclass
 class PretrainConfig(LanguageConfig):
+    """Training of a transformer from random weights, in two stages of data."""
+
     tokenizer: str = "mini"
     """A model folder or hub id, whose tokenizer and image tokenizer the new model gets."""
     second_stage: float = 0.8

@@ -183,6 +183,7 @@ class Conversations:
         self._bytes = 0
 
     def add(self, conversation: Conversation) -> None:
+        """Keep a conversation under its response's id; the oldest are dropped beyond the limits."""
         # Without the image's file, which is large and in `Files`, or with the client.
         turns = [_slim(turn) for turn in conversation.turns]
         size = sum(_turn_size(turn) for turn in turns) + len(str(conversation.response))

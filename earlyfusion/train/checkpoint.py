@@ -55,6 +55,8 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write the checkpoint of a step, after the one before it is complete. `tensors` may be
+        nested dicts; `state` must fit into JSON."""
         self.finish()
         if self._first:
             _make_partial(self._run, step)

@@ -61,27 +61,40 @@ also their labels, int64 [B, questions]."""
 
 @dataclass
 class VQLossConfig:
+    """The terms of the loss, and how the codebook learns. Raises `SettingError`."""
+
     l1: float = 1.0
+    """Weight of the mean absolute difference of pixels."""
     l2: float = 1.0
+    """Weight of the mean squared difference of pixels."""
     commitment: float = 0.25
+    """Weight of the squared distance from latents to their codewords."""
     codebook: str = "ema"
+    """How codewords learn: as a moving average of latents (ema), or by gradient."""
     ema_decay: float = 0.97
+    """With `codebook=ema`, the share of the old average that a step keeps."""
     ramp_steps: int = 250
     """Steps over which the input of the decoder changes from latents to codewords."""
     revive_every: int = 25
+    """Steps after which unused codewords are moved to latents of the batch."""
     revive_until: float = 0.8
     """Share of the run after which unused codewords stay where they are."""
     perceptual: float = 0.0
+    """Weight of the distance in features of VGG-16; needs `perceptual_weights`."""
     perceptual_weights: Path | None = None
     """File of VGG-16 as a torch state dict, with the names of torchvision or LPIPS."""
     perceptual_linear: Path | None = None
     """File of LPIPS's weights per channel, if the file above has none."""
     adversarial: float = 0.0
+    """Weight of the discriminator's loss; 0: no discriminator."""
     adversarial_from: int = 0
+    """The step at which the discriminator joins."""
     critic_layers: int = 3
     """Convolutions of stride 2."""
     critic_width: int = 64
+    """Channels of the discriminator's first convolution."""
     critic_lr: float = 2e-4
+    """Learning rate of the discriminator."""
     naming: float = 0.0
     """Weight of the head that names what the codewords show; see `train.semantic`."""
     perturb: float = 0.0

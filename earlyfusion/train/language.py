@@ -47,7 +47,9 @@ class LanguageConfig:
     length: int = 0
     """Tokens of a row; 0: the model's context."""
     dropout: float = 0.0
+    """Share of the outputs of attention and feed-forward that are set to zero."""
     z_weight: float = 1e-5
+    """Weight of the z-loss, the mean squared logarithm of the softmax normaliser."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     weights: RoleWeights = field(default_factory=RoleWeights)
     run: RunConfig = field(default_factory=RunConfig)

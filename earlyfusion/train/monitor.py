@@ -72,6 +72,7 @@ class Monitor:
             self._bar.update(self._task, completed=step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Report the metrics of a step, with the speed, everywhere that the run reports to."""
         if self._quiet:
             return
         speed = self._speed(step)
@@ -119,6 +120,7 @@ class Monitor:
         self._bar.update(self._task, completed=first)
 
     def close(self) -> None:
+        """End the progress bar, and close the files and services."""
         if self._quiet:
             return
         self._bar.stop()

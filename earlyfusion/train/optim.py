@@ -27,14 +27,20 @@ class OptimConfig:
     """The paper's settings; `decay` runs from the end of the warm-up to `final_ratio` of `lr`."""
 
     lr: float = 1e-4
+    """Peak learning rate."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-5
     weight_decay: float = 0.1
+    """Decoupled, as in AdamW."""
     warmup_steps: int = 4000
+    """Steps in which the learning rate rises linearly to `lr`."""
     decay: str = "exponential"
+    """exponential, cosine, linear, constant, or hold: constant, and linear in the last 30%."""
     final_ratio: float = 0.01
+    """The learning rate at the end, as a share of `lr`."""
     clip: float = 1.0
+    """The gradient norm above which gradients are scaled down; 0: none."""
     kind: str = "adamw"
     """"adamw", or "muon": the matrices of the blocks by Muon, all else by AdamW."""
     muon_lr: float = 0.02

@@ -53,19 +53,28 @@ class RunConfig:
     fp32 and the computation is in bf16."""
 
     out: Path = Path("runs/run")
+    """Folder of the run."""
     steps: int = 1000
+    """Optimizer steps of the whole run."""
     minutes: float = 0.0
     """Ends the run after this many minutes unless its steps end it first; the rate follows the
     clock (0: no limit). Such a run cannot be repeated to the bit."""
     seed: int = 0
+    """All random numbers of the run follow from it."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
     precision: str = "fp32"
+    """fp32, or bf16: computes in bf16, with fp32 weights."""
     compile: bool = False
+    """Compile each block with torch.compile."""
     save_every: int = 200
+    """Steps between checkpoints."""
     save_beside: bool = False
     """Write checkpoints in the background, while the training continues."""
     keep: int = 2
+    """Number of newest checkpoints that are kept."""
     log_every: int = 10
+    """Steps between rows of `metrics.jsonl`."""
     stop_after: int = 0
     """Stop at this step, with the schedule of a run to `steps` (0: never)."""
     sample_every: int = 0

@@ -19,12 +19,15 @@ SIGNS = ("output_norm", "top_logit", "log_z_squared")
 
 @dataclass
 class WatchConfig:
+    """When a step is skipped, and when the run returns to a checkpoint. Raises `SettingError`."""
+
     spike: float = 0.0
     """Skip a step whose loss exceeds this many times its running mean (0: skip only NaN and
     infinite losses)."""
     roll_back_after: int = 3
     """Bad steps in a row that send the run back to its newest checkpoint."""
     max_roll_backs: int = 3
+    """After this many returns to a checkpoint the run ends instead."""
     growth: float = 2.0
     """Factor of growth at which a sign of divergence is noted."""
 

@@ -29,6 +29,9 @@ from earlyfusion.model.transformer import Block, RMSNorm, Transformer
 
 
 class Layer(NamedTuple):
+    """The fused products of one block, with its norms; `head_weight` and `head_bias` are those of
+    the QK-norms, queries before keys."""
+
     qkv: Product
     head_weight: Tensor
     head_bias: Tensor

@@ -20,7 +20,7 @@ MAX_GRAMMARS, MAX_CLASSES = 8, 64
 
 
 class Grammars:
-    """The tables of at most MOST_GRAMMARS grammars whose images have at most `slots` tokens."""
+    """The tables of at most MAX_GRAMMARS grammars whose images have at most `slots` tokens."""
 
     def __init__(self, vocabulary: int, slots: int, begin: int, device: torch.device) -> None:
         shape_GS = (MAX_GRAMMARS, slots + 1)
