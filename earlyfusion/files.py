@@ -36,10 +36,9 @@ from earlyfusion.errors import CheckpointError, SettingError
 Write = Callable[[BinaryIO], object]
 
 
-def files_under(folder: Path) -> list[Path]:
+def files_under(folder: Path) -> Iterator[Path]:
     """All files in a folder and its subfolders, in no order, without hidden ones. Links to folders
     are followed; a folder that has several paths is read under one of them."""
-    found: list[Path] = []
     entered: set[tuple[int, int]] = set()
     waiting = [str(folder)]
     while waiting:
@@ -53,8 +52,7 @@ def files_under(folder: Path) -> list[Path]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             paths = [os.path.join(here, name) for name in folders]
             waiting += [path for path in paths if os.path.islink(path)]
-            found += [Path(here, name) for name in names if not name.startswith(".")]
-    return found
+            yield from (Path(here, name) for name in names if not name.startswith("."))
 
 
 @contextmanager

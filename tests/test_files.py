@@ -11,6 +11,7 @@ import pytest
 
 from earlyfusion.errors import SettingError
 from earlyfusion.files import (
+    files_under,
     next_number,
     replace_folder,
     replacing,
@@ -45,6 +46,18 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("disk")
+def test_a_folder_is_listed_no_further_than_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "images").mkdir()
+    listed: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    assert next(files_under(tmp_path)) == tmp_path / "rows.jsonl"
+    assert listed == [str(tmp_path)]
+
+
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "a.txt"
     with pytest.raises(SettingError, match=r"a\.txt cannot be written \(no space left"):

@@ -21,7 +21,7 @@ from corpora import pairs, tiny_model
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from earlyfusion.cli import main
-from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.recipes.run import run
 from earlyfusion.train import checkpoint, folder
 from earlyfusion.train.monitor import Monitor, read_metrics
@@ -71,9 +71,16 @@ def test_a_folder_of_runs_is_no_run(given: list[str], tmp_path: Path) -> None:
 def test_the_folder_of_a_config_whose_class_was_renamed_continues(tmp_path: Path) -> None:
     note = {"kind": "ImageTokenizerConfig", "fields": {}, "finished": False}
     (tmp_path / folder.NOTE).write_text(json.dumps(note), encoding="utf-8")
+    (tmp_path / "metrics.jsonl").touch()
     folder.begin(tmp_path, "SquaresConfig", {})
     with pytest.raises(SettingError, match="another kind"):
         folder.begin(tmp_path, "FinetuneConfig", {})
+
+
+def test_a_run_that_made_nothing_does_not_keep_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no nowhere\.jsonl"):
+        run("finetune", ["data=nowhere.jsonl", f"out={tmp_path}"])
+    folder.begin(tmp_path, "ImageTokenizerConfig", {})  # not "another kind"
 
 
 def test_a_change_that_is_refused_is_not_noted(

@@ -111,13 +111,13 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
         return path.parent, [path], False
     from_hub = False
     if path.is_dir():
-        root, files = path, files_under(path)
+        root, files = path, list(files_under(path))
     elif glob.has_magic(source):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         files = [Path(p) for p in glob.glob(str(path), recursive=True)]
     elif is_hub_id(source):
         root, from_hub = download_dataset(source, patterns or _HUB_PATTERNS), True
-        files = files_under(root)
+        files = list(files_under(root))
     else:
         raise DataError(
             f"there is no {source}: give a file, a folder, a glob or a hub id such as org/name"

@@ -117,7 +117,7 @@ def begin(
     """
     if processes.rank():
         return
-    note = _note(folder)
+    note = None if _holds_only_note(folder) else _note(folder)
     if note is None:
         _check_is_free(folder, holds_runs)
     else:
@@ -155,6 +155,11 @@ def notes_folder(folder: Path) -> Path:
 
 def _was_finished(note: Mapping[str, Any] | None) -> bool:
     return bool(note and note.get("finished"))
+
+
+def _holds_only_note(folder: Path) -> bool:
+    """Whether a run ended there before it made anything, as with data that is not there."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [NOTE]
 
 
 def _check_is_free(folder: Path, holds_runs: bool) -> None:
