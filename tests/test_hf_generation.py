@@ -263,6 +263,7 @@ class TestModes:
         assert len(free) == 6
         assert generated(max_length=inputs["input_ids"].shape[1] + 4) == free[:4]
         assert generated(max_new_tokens=6, eos_token_id=[2, free[2]])[:3] == free[:3]
+        assert generated(max_new_tokens=6, eos_token_id=np.int64(free[2]))[:3] == free[:3]
         how |= {"multimodal_generation_mode": "image-only"}
         assert len(generated(max_new_tokens=6)) == IMAGE_TOKENS  # such a limit is meant for text
         how |= {"guidance_text": 3.0}
@@ -282,6 +283,17 @@ class TestModes:
                 {"multimodal_generation_mode": "image-only", "max_new_tokens": 9},
                 SettingError,
                 "leave no room for an image of 66 tokens",
+            ),
+            (
+                {"multimodal_generation_mode": "image-only", "max_new_tokens": 99}
+                | {"min_new_tokens": 67, "do_sample": True},
+                SettingError,
+                "67 new tokens are more than an image, which has 66",
+            ),
+            (
+                {"multimodal_generation_mode": "text-only", "max_length": 2},
+                SettingError,
+                "leaves no room for a new one: raise max_length",
             ),
             (
                 {"multimodal_generation_mode": "image-only", "guidance_text": 3.0, "num_beams": 2},

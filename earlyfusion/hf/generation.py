@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -109,7 +110,10 @@ class MultimodalGeneration:
         ids_BT = self._prompt_ids(inputs, kwargs)
         configs = [c for c in (generation_config, self.generation_config) if c is not None]
         max_tokens = self._new_tokens(_OUTPUTS[mode], ids_BT.shape[1], kwargs, configs)
-        limits = self._limits_of(mode, max_tokens, guidance_text, guidance_image, max_images)
+        fewest = _fewest_new(kwargs, configs, ids_BT.shape[1])
+        limits = self._limits_of(
+            mode, max_tokens, fewest, guidance_text, guidance_image, max_images
+        )
         more["logits_processor"] = self._processors(
             limits, ids_BT, kwargs, configs, logits_processor
         )
@@ -164,6 +168,7 @@ class MultimodalGeneration:
         self,
         mode: str,
         max_tokens: int,
+        fewest: int,
         text: float,
         image: float,
         max_images: int | None,
@@ -175,6 +180,11 @@ class MultimodalGeneration:
             raise SettingError(
                 f"max_new_tokens={max_tokens} and max_images={images} leave no room for an image "
                 f"of {tokens} tokens: raise them, or shorten the prompt"
+            )
+        if output == "image" and fewest > tokens and max_tokens > tokens:
+            raise SettingError(
+                f"at least {fewest} new tokens are more than an image, which has {tokens}: leave "
+                "min_new_tokens and min_length out"
             )
         return _Limits(output, images, max_tokens, text, image)
 
@@ -194,7 +204,12 @@ class MultimodalGeneration:
             max_tokens = next((min(number, left) for number in most if number is not None), None)
         if max_tokens is None:
             max_tokens = self.tokens_per_image if output == "image" else left
-        if max_tokens > left or max_tokens < 1:
+        if max_tokens < 1:
+            raise SettingError(
+                f"a prompt of {prompt_tokens} tokens leaves no room for a new one: raise "
+                "max_length, or max_new_tokens to at least 1"
+            )
+        if max_tokens > left:
             raise ContextError(
                 f"a prompt of {prompt_tokens} tokens and {max_tokens} new ones do not fit into the "
                 f"context of {limit}: shorten the prompt or set max_new_tokens"
@@ -246,7 +261,7 @@ class MultimodalGeneration:
     def _stop_ids(self, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
         known = (c.eos_token_id for c in configs if c.eos_token_id is not None)
         given = kwargs.get("eos_token_id", next(known, None))
-        return [] if given is None else [given] if isinstance(given, int) else list(given)
+        return [] if given is None else np.atleast_1d(given).tolist()
 
 
 def _most_new(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
@@ -256,6 +271,16 @@ def _most_new(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
     if settings.get("max_length") is not None:
         return int(settings["max_length"]) - prompt_tokens
     return None
+
+
+def _fewest_new(settings: Mapping[str, Any], configs: Sequence[Any], prompt_tokens: int) -> int:
+    """The fewest new tokens that these settings of transformers ask for."""
+    both = (
+        settings.get(name) or next((v for c in configs if (v := getattr(c, name))), 0)
+        for name in ("min_new_tokens", "min_length")
+    )
+    new, length = both
+    return int(max(new, length - prompt_tokens))
 
 
 def _is_assisted(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> bool:
