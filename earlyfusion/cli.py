@@ -212,6 +212,14 @@ class Loading:
     verify: Verify = True
     cache_bytes: CacheBytes = None
 
+    @property
+    def named(self) -> str:
+        """The model, and those of the options that change its replies."""
+        dtype = None if self.dtype == "auto" else self.dtype
+        options = {"dtype": dtype, "fit": self.fit}
+        given = [f"{name}={value}" for name, value in options.items() if value is not None]
+        return " ".join([self.model, *given])
+
 
 def _examples(*lines: str) -> str:
     return "\n\n".join(["Examples:", *lines])
@@ -392,7 +400,7 @@ def batch(
     from earlyfusion.batch import Replies, answer_all, read_jobs
     from earlyfusion.terminal import progress_bar
 
-    jobs = read_jobs(requests, output, sampling, loading.model)
+    jobs = read_jobs(requests, output, sampling, loading.named)
     with Replies(out) as replies:
         left = replies.left(jobs)
         try:

@@ -1072,6 +1072,8 @@ def test_batch_resumes_after_a_truncated_line(batch: Batch) -> None:
     assert "0 new replies" in batch(*common).out
     # The same ids with other requests or options are not the same batch.
     assert_refused(batch(*common[:3], 9, *common[4:]), "another request")
+    for options in (["--fit"], ["--crop"], ["--dtype", "bf16"]):
+        assert_refused(batch(*common, *options), "one with other options")
     write_requests({"prompt": "Other.", "id": 3})
     assert_refused(batch(*common), "another request of id 3")
     assert replies_in() == replies_in("whole")
