@@ -45,7 +45,6 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-@pytest.mark.usefixtures("disk")
 def test_a_folder_is_listed_no_further_than_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +57,7 @@ def test_a_folder_is_listed_no_further_than_asked(
     assert listed == [str(tmp_path)]
 
 
+@pytest.mark.usefixtures("disk")
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "a.txt"
     with pytest.raises(SettingError, match=r"a\.txt cannot be written \(no space left"):

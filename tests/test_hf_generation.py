@@ -264,6 +264,10 @@ class TestModes:
         assert generated(max_length=inputs["input_ids"].shape[1] + 4) == free[:4]
         assert generated(max_new_tokens=6, eos_token_id=[2, free[2]])[:3] == free[:3]
         assert generated(max_new_tokens=6, eos_token_id=np.int64(free[2]))[:3] == free[:3]
+        monkeypatch.setattr(model.generation_config, "eos_token_id", [2, free[2]])
+        limits = transformers.GenerationConfig(max_new_tokens=6)  # without ends of its own
+        out = model.generate(**inputs, generation_config=limits, **how)
+        assert new_tokens(out, inputs) == free[:3]
         how |= {"multimodal_generation_mode": "image-only"}
         assert len(generated(max_new_tokens=6)) == IMAGE_TOKENS  # such a limit is meant for text
         how |= {"guidance_text": 3.0}

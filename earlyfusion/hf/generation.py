@@ -117,9 +117,7 @@ class MultimodalGeneration:
         more["logits_processor"] = self._processors(
             limits, ids_BT, kwargs, configs, logits_processor
         )
-        return parent.generate(
-            ids_BT, **more, **self._generate_kwargs(limits, generation_config, kwargs)
-        )
+        return parent.generate(ids_BT, **more, **self._generate_kwargs(limits, configs, kwargs))
 
     def _sample(self, input_ids: Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop of greedy search and sampling, in which rows do not move."""
@@ -246,16 +244,15 @@ class MultimodalGeneration:
         return LogitsProcessorList([*(given or []), grammar_processor])
 
     def _generate_kwargs(
-        self, limits: _Limits, generation_config: Any, kwargs: dict[str, Any]
+        self, limits: _Limits, configs: Sequence[Any], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """The arguments of transformers' `generate`, with the length and the ids that end a row."""
-        settings = generation_config or self.generation_config
         kwargs.pop("max_length", None)
         # Without an end token a reply would only end at its maximum length.
-        if settings.eos_token_id is None:
-            kwargs.setdefault("eos_token_id", self.vocabulary.eos)
-        if settings.pad_token_id is None:
-            kwargs.setdefault("pad_token_id", self.vocabulary.pad)
+        for name, default in (("eos_token_id", "eos"), ("pad_token_id", "pad")):
+            known = [i for c in configs if (i := getattr(c, name)) is not None]
+            if getattr(configs[0], name) is None:
+                kwargs.setdefault(name, known[0] if known else getattr(self.vocabulary, default))
         return kwargs | {"max_new_tokens": limits.max_tokens, "image_logits": True}
 
     def _stop_ids(self, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
