@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -258,7 +257,7 @@ class MultimodalGeneration:
     def _stop_ids(self, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
         known = (c.eos_token_id for c in configs if c.eos_token_id is not None)
         given = kwargs.get("eos_token_id", next(known, None))
-        return [] if given is None else np.atleast_1d(given).tolist()
+        return [] if given is None else torch.as_tensor(given).flatten().tolist()
 
 
 def _most_new(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
