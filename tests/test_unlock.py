@@ -137,7 +137,7 @@ def example(name: str) -> ModuleType:
 
 def test_the_examples_make_rows_that_can_be_trained_on_and_measured(tmp_path: Path) -> None:
     example("new_style").main(str(DATA), str(tmp_path))
-    lines = (tmp_path / "learn.jsonl").read_text().splitlines()
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
     assert 0 < len(lines) <= 40 and "in cutout style." in lines[0]
     images = [PIL.Image.open(tmp_path / json.loads(line)["images"][0]) for line in lines]
     assert np.asarray(images[0]).reshape(-1, 3).tolist().count([20, 70, 160]) > 1000
