@@ -142,9 +142,10 @@ def test_the_examples_make_rows_that_can_be_trained_on_and_measured(tmp_path: Pa
     images = [PIL.Image.open(tmp_path / json.loads(line)["images"][0]) for line in lines]
     assert np.asarray(images[0]).reshape(-1, 3).tolist().count([20, 70, 160]) > 1000
     compare = example("before_and_after")
-    assert compare.measured(images, images) == (
-        f"colours differ by 0.000, 0% are others; {len(lines)} of {len(lines)} nearest to their own"
+    assert compare.comparison(images, images) == (
+        "colours differ by 0.000, on 0% of the area; "
+        f"{len(lines)} of {len(lines)} are nearest to their own true image"
     )
-    turned = compare.measured([p.rotate(180) for p in images], images)
-    assert "0% are others" in turned and "differ by 0.000" not in turned
+    turned = compare.comparison([image.rotate(180) for image in images], images)
+    assert "on 0% of the area" in turned and "differ by 0.000" not in turned
     assert compare.sheet([images, images], 16).size == (16 * len(lines), 32)
