@@ -157,7 +157,8 @@ void attend_document(const Heads& x, int64_t first, int64_t length, int64_t key_
   transpose(k, padded, H, k_turned);
   for (int64_t head = key_head * (N / K); head < (key_head + 1) * (N / K); head++)
     for (int64_t start = 0; start < length; start += QUERIES) {
-      const int64_t count = std::min(QUERIES, length - start), rows = (count + ROWS - 1) / ROWS * ROWS;
+      const int64_t count = std::min(QUERIES, length - start);
+      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       const int64_t keys = rounded_up(start + count);
       unpack_rows(x.q + ((first + start) * N + head) * H, N * H, count, rows, H, q);
       multiply<false>({q, H, 1}, rows, k_turned, padded, H, shares, padded, keys);
@@ -200,19 +201,16 @@ void attend_document_backward(const Heads& x, const float* log_sums, const Gradi
   for (int i = 0; i < VECTOR; i++) lane[i] = i;
   for (int64_t head = key_head * (N / K); head < (key_head + 1) * (N / K); head++)
     for (int64_t start = 0; start < length; start += QUERIES) {
-      const int64_t count = std::min(QUERIES, length - start), rows = (count + ROWS - 1) / ROWS * ROWS;
+      const int64_t count = std::min(QUERIES, length - start);
+      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       const int64_t keys = rounded_up(start + count), at = (first + start) * N + head;
       unpack_rows(x.q + at * H, N * H, count, rows, H, q);
       unpack_rows(g.out + at * H, N * H, count, rows, H, out_grad);
       multiply<false>({q, H, 1}, rows, k_turned, padded, H, shares, padded, keys);
       multiply<false>({out_grad, H, 1}, rows, v_turned, padded, H, share_grads, padded, keys);
-      for (int64_t i = 0; i < rows; i++) {
+      // Rows from `count` on only fill the microkernel: their queries and gradients are zero.
+      for (int64_t i = 0; i < count; i++) {
         float *p = shares + i * padded, *dp = share_grads + i * padded;
-        if (i >= count) {  // rows that only fill the microkernel
-          std::fill(p, p + keys, 0.0f);
-          std::fill(dp, dp + keys, 0.0f);
-          continue;
-        }
         const int64_t position = start + i, last = position / VECTOR * VECTOR;
         const float log_sum = log_sums[at + i * N];
         floats16 along = {};
