@@ -165,6 +165,6 @@ def freed_memory_kept() -> Iterator[None]:
 
 def _c_function(name: str) -> ctypes._NamedFuncPointer | None:
     try:
-        return getattr(ctypes.CDLL(None), name)  # type: ignore[no-any-return]
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, TypeError, AttributeError):  # no glibc
         return None

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -257,8 +257,8 @@ class _CompiledAttention(torch.autograd.Function):
 def _attended_per_document(
     lengths: list[int], q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor
 ) -> Tensor:
-    heads = (x[None].float() for x in (q_SNH, k_SKH, v_SKH))
-    return attend_per_document(*heads, lengths)[0].to(q_SNH.dtype)
+    q, k, v = (x[None].float() for x in (q_SNH, k_SKH, v_SKH))
+    return attend_per_document(q, k, v, lengths)[0].to(q_SNH.dtype)
 
 
 def compiled_attention(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, lengths: list[int]) -> Tensor:
@@ -370,7 +370,7 @@ class Attention(transformer.Attention):
             and is_compiled(self.head_dim)
         )
         if fused:
-            return rotated_head_norm(x_BTNH, norm, rotary)
+            return rotated_head_norm(x_BTNH, cast("transformer.HeadNorm", norm), rotary)
         return super()._positioned(x_BTNH, norm, rotary)
 
 
@@ -398,8 +398,8 @@ class CausalAttend(attention.CausalAttend):
             return super().__call__(*heads)
         mean_length = sum(lengths) / len(lengths)
         if mean_length < _TILED_DOCUMENT and is_compiled(q_BTNH.shape[-1]):
-            out_SNH = compiled_attention(*(x.flatten(0, 1) for x in heads), lengths)
-            return out_SNH.view(q_BTNH.shape)
+            q_SNH, k_SKH, v_SKH = (x.flatten(0, 1) for x in heads)
+            return compiled_attention(q_SNH, k_SKH, v_SKH, lengths).view(q_BTNH.shape)
         if mean_length < _LONG_DOCUMENT:
             # Short documents: torch's attention, whose backward pass is faster in fp32.
             q_BTNH, k_BTKH, v_BTKH = (x.float() for x in heads)

@@ -120,7 +120,7 @@ class FeedForward(nn.Module):
         return out
 
     def _activated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.act_fn(gate) * up  # type: ignore[no-any-return]
+        return self.act_fn(gate) * up
 
 
 class Block(nn.Module):
