@@ -270,7 +270,7 @@ def test_an_image_appears_row_by_row(
     # one of them may be overtaken by the next before it is painted.
     cut = visitor.page.evaluate("[...window.cut]")
     assert len(cut) >= 2 and cut == [part for part in (75, 50, 25) if part in cut]
-    assert visitor.count(".generating") == 0 and "66 picture tokens" in visitor.texts(".meta")[0]
+    assert visitor.count(".generating") == 0 and "66 image tokens" in visitor.texts(".meta")[0]
     visitor.shoot("drawn")
     # The image on the page is the one that the same seed gives without the page.
     shown = visitor.page.get_attribute(".model .frame img", "src")
@@ -279,7 +279,7 @@ def test_an_image_appears_row_by_row(
     assert message["images"][0]["image_url"]["url"] == shown
     with visitor.page.expect_download() as download:
         visitor.page.click("text=Download")
-    assert download.value.suggested_filename == "picture-3-1.png"
+    assert download.value.suggested_filename == "image-3-1.png"
 
 
 @pytest.mark.browser
@@ -421,7 +421,7 @@ def test_sends_a_negative_prompt_and_a_schema(visit: Callable[..., Visitor]) -> 
     assert json.loads(visitor.texts(".model .text")[0]) == {"a": "b"}
     body = json.loads(visitor.copied("Copy as curl").split("<<'JSON'\n")[1][:-6])
     assert body["response_format"]["json_schema"]["schema"] == schema
-    assert "negative_prompt" not in body, "there can be no picture"
+    assert "negative_prompt" not in body, "there can be no image"
     visitor.choose("image")
     visitor.say("Draw a red apple.")
     visitor.wait()

@@ -142,7 +142,7 @@ function updatePart(view, reply, index, part) {
   } else if (!node?.finished) {
     const number = reply.parts.slice(0, index + 1).filter((other) => other.type === "image").length;
     const next = part.url
-      ? imageView(part, t("replyImage", { number }), `picture-${reply.fields.seed}-${number}`, view.act)
+      ? imageView(part, t("replyImage", { number }), `image-${reply.fields.seed}-${number}`, view.act)
       : unfinishedView(part, view.act, reply.state === "running");
     next.finished = Boolean(part.url);
     if (node) node.replaceWith(next);
