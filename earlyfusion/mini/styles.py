@@ -6,7 +6,7 @@
 The earlier stages memorise images, code for code. Here an image in a prompt has twelve augmented
 variants, and a quarter of its codes are replaced by one of the nearest codewords, so that no exact
 sequence of codes identifies it; and requests for an image name its style. The result names better
-and generates worse images: figures, machine and run time are in docs/mini.md.
+and generates worse images: figures, machine and run time are in docs/ablations.md.
 """
 
 from __future__ import annotations
