@@ -9,7 +9,7 @@
 # OUT     folder of the results, at most 8 files of at most 15 MB: model.tar.00 …, scores.json (those
 #         that were measured in time), samples.png, results.tar.gz (metrics, reconstructions, notes),
 #         log
-# MINUTES of training (7); LIMIT pictures or questions a measure (40); SECONDS_LEFT for scores (100)
+# MINUTES of training (7); LIMIT images or questions a measure (40); SECONDS_LEFT for scores (100)
 # FIELDS  more `field=value` for pretrain_mini
 set -uo pipefail
 cd "$(dirname "$0")/.."
