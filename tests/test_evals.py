@@ -185,7 +185,7 @@ def test_report_and_its_table(
     assert all(line.count("|") == 5 for line in table)
     assert any("median PSNR | val | 4 | 99.0 dB" in line for line in table)
     assert any("naming, exact match, ko | val-pair" in line for line in table)
-    assert '| seeds 0 to 7 of "Draw a cat." | pictures | 8 | 1 different, 0 right |' in table
+    assert '| seeds 0 to 7 of "Draw a cat." | images | 8 | 1 different, 0 right |' in table
     assert any("says that it does not know | unknown words" in line for line in table)
     requests = emoji.requests_table(report)
     assert all(line.count("|") == 5 for line in requests)
@@ -256,9 +256,9 @@ def test_refusals_of_one_who_knows_what_it_knows(data: EmojiData) -> None:
     result = free.refusals(model, data, ids, ids, limit=5)
     assert {what: row["refused"] for what, row in result.items()} == {
         "unknown words": 1,
-        "unknown pictures": 1,
+        "unknown images": 1,
         "known words": 0,
-        "known pictures": 0,
+        "known images": 0,
     }
     assert all(row["n"] == 5 for row in result.values())
 

@@ -338,7 +338,7 @@ def _pairs(segments: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
 
 
 _TESTED_ON = {
-    "ceiling": "true pictures through the codes",
+    "ceiling": "true images through the codes",
     "usual": "train, no style asked, its first style",
     "any style": "train, no style asked, all styles",
 }
@@ -373,11 +373,11 @@ def markdown(report: Numbers) -> list[str]:
     for of in ("drawings", "reconstructions"):
         shown = "-" if found[of] is None else f"{found[of]:.2f}"
         lines.append(
-            f"| distance to true pictures (Frechet) | val-pair, {of} | {found['n']} | {shown} |"
+            f"| distance to true images (Frechet) | val-pair, {of} | {found['n']} | {shown} |"
         )
     for prompt, found in report["seeds"].items():
         shown = f"{found['different']} different, {found['right']} right"
-        lines.append(f'| seeds 0 to 7 of "{prompt}" | pictures | {found["n"]} | {shown} |')
+        lines.append(f'| seeds 0 to 7 of "{prompt}" | images | {found["n"]} | {shown} |')
     found = report["wordings"]
     add(
         "free wordings: right kind / also right thing",

@@ -132,7 +132,7 @@ def is_refusal(reply: Any) -> bool:
 
 def reply_line(reply: Any) -> str:
     """A reply as one line; images are in brackets."""
-    parts = [s.text.strip() if isinstance(s, Text) else "[picture]" for s in reply.segments]
+    parts = [s.text.strip() if isinstance(s, Text) else "[image]" for s in reply.segments]
     return " ".join(" ".join(parts).split())
 
 
@@ -144,8 +144,8 @@ def refusals(
 ) -> dict[str, Numbers]:
     """Shares of replies that say "I do not know this one": {what: {n, refused}}.
 
-    "unknown words" and "unknown pictures" should all be refused (held-out words, and noise and
-    scrambled images that training did not have); "known words" and "known pictures" (`requested`
+    "unknown words" and "unknown images" should all be refused (held-out words, and noise and
+    scrambled images that training did not have); "known words" and "known images" (`requested`
     and `named`, ids of training images) never. Half of the requests are in Korean.
     """
     things = unknown_things(data, HELD_OUT_THINGS)[:limit]
@@ -157,9 +157,9 @@ def refusals(
     known_images = data.images(named[:limit])
     prompts_by_kind: dict[str, list[Any]] = {
         "unknown words": [_request(name, _lang(n)) for n, name in enumerate(words)],
-        "unknown pictures": [[Image(p), _question(_lang(n))] for n, p in enumerate(unknown_images)],
+        "unknown images": [[Image(p), _question(_lang(n))] for n, p in enumerate(unknown_images)],
         "known words": [_request(name, _lang(n)) for n, name in enumerate(known)],
-        "known pictures": [[Image(p), _question(_lang(n))] for n, p in enumerate(known_images)],
+        "known images": [[Image(p), _question(_lang(n))] for n, p in enumerate(known_images)],
     }
     report = {}
     for kind, prompts in prompts_by_kind.items():
