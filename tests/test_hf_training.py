@@ -85,6 +85,15 @@ def test_gradients_in_bf16_are_as_near_to_fp32_as_transformers(folder: Path, inp
         assert gaps[0] < max(0.01 * float(exact[name].norm()), 1.5 * gaps[1]), name
 
 
+def test_states_under_autocast_have_transformers_dtype(folder: Path) -> None:
+    """So that a head of one's own in fp32 takes them."""
+    ids = torch.arange(3, 20)[None]
+    for model in (StockChameleon.from_pretrained(folder), load(folder)):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model.model.train()(input_ids=ids).last_hidden_state
+        assert states.requires_grad and states.dtype is torch.float32
+
+
 def adapters(targets: Any = SEVEN, **more: Any) -> Any:
     targets = targets if isinstance(targets, str) else list(targets)
     return peft.LoraConfig(r=4, target_modules=targets, **more)

@@ -460,7 +460,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vqmodel = ChameleonVQVAE._from_config(config.vq_config)
         self.rotary_emb = ChameleonRotaryEmbedding(config)
-        accelerate(self)
+        # Not the last norm: its twin's results have autocast's dtype, which only blocks expect.
+        accelerate(self.layers)
         self.gradient_checkpointing = False
         names = config.vocabulary_map
         self._mapping = ImageVocabulary(names) if names else None
