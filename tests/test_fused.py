@@ -26,6 +26,7 @@ from earlyfusion.kernels.fused import (
 )
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model import attention, transformer
+from earlyfusion.model.activations import Elementwise
 from earlyfusion.model.attention import attend_per_document, dot_product_attention
 from earlyfusion.model.rotary import Rotary, rotate
 from earlyfusion.model.transformer import HeadNorm, Transformer
@@ -298,6 +299,25 @@ def hessian_times(call: Callable[[Tensor, Tensor], Tensor], *given: Tensor) -> l
     return [torch.func.jvp(lambda x: gradient(x, given[1]), given[:1], (given[0].sin(),))[1]]
 
 
+def each_output(call: Callable[[Tensor, Tensor], Tensor], *given: Tensor) -> list[Tensor]:
+    """The backward pass gets a batch of gradients."""
+    return [*torch.autograd.functional.jacobian(call, given, vectorize=True)]
+
+
+def forward_over_reverse(
+    call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
+) -> list[Tensor]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = call(x, weight)
+    with forward_ad.dual_level():
+        towards = forward_ad.make_dual(x.detach().cos(), x.detach().sin())
+        tangents = [
+            forward_ad.unpack_dual(g).tangent
+            for g in torch.autograd.grad(out, (x, weight), towards)
+        ]
+        return [t.detach().clone() for t in tangents if t is not None]
+
+
 WAYS: list[Derivative] = [
     partial(twice, True),
     partial(twice, False),
@@ -305,6 +325,8 @@ WAYS: list[Derivative] = [
     each_row,
     forward_mode,
     hessian_times,
+    each_output,
+    forward_over_reverse,
 ]
 
 
@@ -324,6 +346,97 @@ def test_rms_norm_has_every_derivative_of_the_formula(way: Derivative, kind: tor
     actual = way(ours, x.to(kind), weight.to(kind))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one.double(), other, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("eps", [0, 1])
+@pytest.mark.parametrize("width", [16, 12])
+def test_rms_norm_takes_whole_numbers_and_single_vectors(
+    width: int, eps: int, compiled: bool
+) -> None:
+    x = torch.randn(width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    norm = RMSNorm(width, eps)
+    expected = transformer.RMSNorm.forward(norm, x)
+    torch.testing.assert_close(norm(x), expected)
+    pairs = [torch.autograd.grad(out.pow(3).sum(), (x, norm.weight)) for out in (norm(x), expected)]
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+TABLES = Rotary(*torch.randn(2, 1, 40, 1, 16, generator=torch.Generator().manual_seed(2)))
+PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "norm": lambda x, y: fused_rms_norm(x.float(), y[0, 0].float(), 1e-5, torch.bfloat16),
+    "head norm": lambda x, y: rotated_head_norm(x[None], HeadNorm(3, 16), TABLES),
+    "attention": lambda x, y: compiled_attention(x, y, y, [17, 23]),
+    "tiles": lambda x, y: attend_documents(x.transpose(0, 1), *[y.transpose(0, 1)] * 2, TILES),
+    "swiglu": swiglu,
+}
+TILES = document_tiles([17, 23])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", PASSES)
+def test_a_gradient_is_the_same_with_a_graph_of_its_own(name: str) -> None:
+    """Of inputs that are strided, that occur twice, or of which one depends on the other."""
+    source = torch.randn(40, 16, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    source.requires_grad_()
+    x = source.transpose(1, 2)
+    out = PASSES[name](x, x * 2).float().pow(2).sum()
+    plain, again = (
+        torch.autograd.grad(out, [source, x], retain_graph=True, create_graph=graph)
+        for graph in (False, True)
+    )
+    for one, other in zip(again, plain, strict=True):
+        assert one.requires_grad and relative_gap(one.detach(), other.double()) < 0.01
+
+
+@needs_compiler
+def test_the_default_dtype_changes_nothing() -> None:
+    results = []
+    for kind in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 1, 16, generator=generator).requires_grad_()
+        norm, head_norm = RMSNorm(16, 1e-5), HeadNorm(1, 16)
+        tables = Rotary(*torch.randn(2, 1, 2, 1, 16, generator=generator))
+        torch.set_default_dtype(kind)
+        try:
+            heads = rotated_head_norm(norm(x).bfloat16()[None], head_norm, tables)[0]
+            out = compiled_attention(heads, heads, heads, [2]).float().pow(2).sum()
+            results.append(
+                torch.autograd.grad(out, [x, *norm.parameters(), *head_norm.parameters()])
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*results, strict=True):
+        assert one.dtype is other.dtype and torch.equal(one, other)
+
+
+def test_sizes_that_do_not_fit_are_torch_s_to_judge(compiled: bool) -> None:
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        RMSNorm(16, 1e-5)(torch.randn(3, 32))
+    q_BTNH = torch.randn(1, 4, 2, 16).bfloat16().requires_grad_()
+    with pytest.raises(RuntimeError, match="split_with_sizes"):
+        CausalAttend(torch.zeros(1, 8, dtype=torch.long))(q_BTNH, q_BTNH, q_BTNH)
+
+
+@pytest.mark.parametrize("kind", ["one position", "learned"])
+def test_other_tables_of_rotation_are_torch_s(kind: str, compiled: bool) -> None:
+    layer = accelerate(transformer.Attention(SMALL))
+    x_BTNH = torch.randn(2, 5, 4, 16).bfloat16().requires_grad_()
+    rotary = Rotary(*torch.randn(2, 2, 1 if kind == "one position" else 5, 1, 16))
+    rotary.cos.requires_grad_(kind == "learned")
+    out = layer._positioned(x_BTNH, layer.q_norm, rotary)
+    torch.testing.assert_close(out, rotate(layer.q_norm(x_BTNH), rotary).bfloat16())
+    out.sum().backward()
+    assert kind != "learned" or rotary.cos.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_model_that_trains_is_traced(compiled: bool) -> None:
+    norm = RMSNorm(16, 1e-5)
+    x = torch.randn(3, 16)
+    traced = torch.jit.trace(norm, x)
+    assert "PythonOp" not in str(traced.graph)
+    torch.testing.assert_close(traced(x), norm(x))
 
 
 def test_a_second_derivative_of_tiled_attention_is_torch_s() -> None:
@@ -437,6 +550,32 @@ def test_blocks_take_compiled_passes_in_bf16_and_only_then(
     step_of(model)
     passes = {"rotated_head_norm", "compiled_attention", "swiglu"} if compiled else set()
     assert set(served) == {"fused_rms_norm"} | passes
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_global_hooks_and_replaced_forwards_are_not_passed_over(everywhere: bool) -> None:
+    called: list[str] = []
+
+    def note(module: torch.nn.Module, *_: object) -> None:
+        called.append(type(module).__name__)
+
+    model = accelerate(Transformer(SMALL))
+    model.init_weights(torch.Generator().manual_seed(0))
+    if everywhere:
+        handle = torch.nn.modules.module.register_module_forward_hook(note)
+        try:
+            step_of(model)
+        finally:
+            handle.remove()
+    else:
+        for module in model.modules():
+            if isinstance(module, HeadNorm | Elementwise):
+                forward = module.forward
+                module.forward = lambda x, m=module, f=forward: (note(m), f(x))[1]
+        step_of(model)
+    assert (
+        called.count("HeadNorm") == 2 * called.count("Elementwise") == 2 * len(model.model.layers)
+    )
 
 
 def test_hooks_and_other_activations_are_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

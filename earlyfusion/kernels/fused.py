@@ -7,8 +7,8 @@ scores to bf16, as transformers' eager attention does), and the rest is torch's 
 
 The twins at the end use them when gradients of plain tensors on a CPU are needed. Otherwise (GPUs,
 split layers, no gradients, traced code, torch.func's transforms, forward-mode AD) they call the
-original. A backward pass that is to be differentiated again takes the gradient of the plain
-formula.
+original. A backward pass that is to be differentiated again, or that is itself transformed, takes
+the gradient of the plain formula.
 """
 
 # Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
 from earlyfusion.kernels import native
 from earlyfusion.model import attention, transformer
@@ -60,24 +61,45 @@ def is_cpu_training(*inputs: Tensor) -> bool:
         and any(x.requires_grad for x in inputs)
         and all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" for x in inputs)
         and not torch.compiler.is_compiling()
+        and not cast("Any", torch.jit).is_tracing()
         and not is_transformed(*inputs)
     )
 
 
 def is_transformed(*inputs: Tensor) -> bool:
-    """Whether torch.func or forward-mode AD is active: a hand-written gradient is not enough."""
+    """Whether torch.func or forward-mode AD is active, or gradients come in a batch: a hand-written
+    gradient is not enough."""
     return bool(torch._C._are_functorch_transforms_active()) or any(
-        forward_ad.unpack_dual(x).tangent is not None for x in inputs
+        torch._C._functorch.is_legacy_batchedtensor(x)
+        or forward_ad.unpack_dual(x).tangent is not None
+        for x in inputs
     )
+
+
+def needs_the_formula(grad: Tensor) -> bool:
+    """Whether a backward pass is to be differentiated again, or is itself transformed."""
+    return torch.is_grad_enabled() or is_transformed(grad)
 
 
 def through_the_formula(
     formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `formula(*inputs)` along `grad` that can be differentiated again."""
+    """Gradients of `formula(*inputs)` along `grad`, through torch's own operations."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, because one input may depend on another or be the same tensor.
+        inputs = tuple(x.view_as(x) for x in inputs)
+        out = formula(*inputs)
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return tuple(next(found) if x.requires_grad else None for x in inputs)
+
+
+def _apply(function: type[torch.autograd.Function], *given: Any) -> Tensor:
+    # Contiguous before the function, so that a second derivative passes through the copies too.
+    dense = (x.contiguous() if isinstance(x, Tensor) else x for x in given)
+    out: Tensor = function.apply(*dense)
+    return out
 
 
 def document_tiles(lengths: list[int]) -> list[Tile]:
@@ -120,7 +142,7 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_NSH, k_NSH, v_NSH = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_the_formula(grads[0]):
             heads = (q_NSH, k_NSH, v_NSH)
             return *through_the_formula(partial(_attended, ctx.tiles), heads, grads[0]), None
         grad_NSH, scale = grads[0], 1 / math.sqrt(q_NSH.shape[-1])
@@ -154,8 +176,7 @@ def _attended(tiles: list[Tile], q_NSH: Tensor, k_NSH: Tensor, v_NSH: Tensor) ->
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """RMSNorm over the last dimension in fp32, rounded once to `dtype`."""
-    out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
-    return out
+    return _apply(_RMSNorm, x, weight, float(eps), dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -163,9 +184,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         ctx.eps, ctx.compiled = eps, is_compiled(x.shape[-1]) and dtype in _COMPILED_DTYPES
         if ctx.compiled:
-            x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
-            out, inverse = torch.empty_like(x, dtype=dtype), torch.empty(x.shape[:-1])
-            sizes = (eps, inverse.numel(), width)
+            out, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1])
+            sizes = (eps, inverse.numel(), x.shape[-1])
             _run("earlyfusion_rms_norm", x, weight, *sizes, out, int(dtype != x.dtype), inverse)
             ctx.save_for_backward(x, weight, inverse)
             return out
@@ -177,7 +197,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_the_formula(grads[0]):
             formula = partial(_normed, eps=ctx.eps, dtype=grads[0].dtype)
             return *through_the_formula(formula, (x, weight), grads[0]), None, None
         if ctx.compiled:
@@ -186,7 +206,8 @@ class _RMSNorm(torch.autograd.Function):
             _run("earlyfusion_rms_norm_backward", x, weight, inverse, grad, *sizes, *results)
             return *results, None, None
         normed, grad = x * inverse, grads[0].float()
-        grad_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        rows = (grad * normed).reshape(-1, x.shape[-1])
+        grad_weight = rows.sum(0) if ctx.needs_input_grad[1] else None
         grad = grad * weight
         along = torch.linalg.vecdot(grad, normed).div_(x.shape[-1])[..., None]
         return grad.sub_(normed.mul_(along)).mul_(inverse), grad_weight, None, None
@@ -233,10 +254,10 @@ class _CompiledAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, lengths: list[int]
     ) -> Tensor:
-        heads = [x.contiguous() for x in (q_SNH, k_SKH, v_SKH)]
-        ctx.sizes = (torch.tensor(lengths), len(lengths), *q_SNH.shape[1:2], *k_SKH.shape[1:])
-        out_SNH = torch.empty_like(heads[0])
-        log_sums_SN = torch.empty(q_SNH.shape[:2])
+        heads, counts = (q_SNH, k_SKH, v_SKH), torch.tensor(lengths, device="cpu")
+        ctx.sizes = (counts, len(lengths), *q_SNH.shape[1:2], *k_SKH.shape[1:])
+        out_SNH = torch.empty_like(q_SNH)
+        log_sums_SN = q_SNH.new_empty(q_SNH.shape[:2], dtype=torch.float32)
         _run("earlyfusion_attend", *heads, *ctx.sizes, out_SNH, log_sums_SN)
         ctx.save_for_backward(*heads, log_sums_SN)
         ctx.lengths = lengths
@@ -245,7 +266,7 @@ class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *heads, log_sums_SN = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_the_formula(grads[0]):
             formula = partial(_attended_per_document, ctx.lengths)
             return *through_the_formula(formula, tuple(heads), grads[0]), None
         results = [torch.empty_like(x) for x in heads]
@@ -263,8 +284,7 @@ def _attended_per_document(
 
 def compiled_attention(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, lengths: list[int]) -> Tensor:
     """Causal attention within documents of these lengths, in bf16, scaled by 1 / sqrt(H)."""
-    out: Tensor = _CompiledAttention.apply(q_SNH, k_SKH, v_SKH, lengths)  # type: ignore[no-untyped-call]
-    return out
+    return _apply(_CompiledAttention, q_SNH, k_SKH, v_SKH, lengths)
 
 
 class _HeadNorm(torch.autograd.Function):
@@ -272,7 +292,6 @@ class _HeadNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> Tensor:
-        x, weight, bias, cos, sin = (t.contiguous() for t in (x, weight, bias, cos, sin))
         heads, width = x.shape[-2:]
         ctx.sizes = (x.numel() // (heads * width), heads, width, cos.numel() // width, eps)
         ctx.save_for_backward(x, weight, bias, cos, sin)
@@ -283,11 +302,11 @@ class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_the_formula(grads[0]):
             formula = partial(_normed_heads, cos=cos, sin=sin, eps=ctx.sizes[-1])
             return *through_the_formula(formula, (x, weight, bias), grads[0]), None, None, None
         grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
-        grad_weights = torch.empty(2, *weight.shape)
+        grad_weights = weight.new_empty(2, *weight.shape)
         name = "earlyfusion_head_norm_backward"
         _run(name, x, weight, cos, sin, grad, *ctx.sizes, grad_x, grad_weights)
         return grad_x, *grad_weights, None, None, None
@@ -302,15 +321,12 @@ def _normed_heads(
 
 def rotated_head_norm(x_BTNH: Tensor, norm: transformer.HeadNorm, rotary: Rotary) -> Tensor:
     """LayerNorm of each head with its weight and bias, then rotation; bf16 (B, T, N, H)."""
-    given = (x_BTNH, norm.weight, norm.bias, *rotary, transformer.HEAD_NORM_EPS)
-    out: Tensor = _HeadNorm.apply(*given)  # type: ignore[no-untyped-call]
-    return out
+    return _apply(_HeadNorm, x_BTNH, norm.weight, norm.bias, *rotary, transformer.HEAD_NORM_EPS)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
         _run("earlyfusion_swiglu", gate, up, gate.numel(), out)
@@ -319,7 +335,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_the_formula(grads[0]):
             return through_the_formula(_gated, (gate, up), grads[0])
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         name, grad = "earlyfusion_swiglu_backward", grads[0].contiguous()
@@ -333,30 +349,49 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up in bf16, rounded once."""
-    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
-    return out
+    return _apply(_SwiGLU, gate, up)
 
 
 # ---- the twins of modules of `model/`
 
 
 def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module would only run `kind.forward`: no other class, no hooks."""
-    hooks = (
+    """Whether calling the module would only run `kind.forward`: no other class or forward, no
+    hooks."""
+    changes = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
+        "forward" in vars(module),
+        _has_any_global_hook(),
     )
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not any(changes)
+
+
+# Compiled code trusts sizes; where they do not fit, torch broadcasts or raises its error.
 
 
 class RMSNorm(transformer.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         fp32 = x.dtype is self.weight.dtype is torch.float32
-        if fp32 and is_cpu_training(x, self.weight):
+        if fp32 and is_cpu_training(x, self.weight) and x.shape[-1:] == self.weight.shape:
             return fused_rms_norm(x, self.weight, self.eps, autocast_dtype(x))
         return super().forward(x)
+
+
+def _weights_fit(norm: nn.Module, x_BTNH: Tensor) -> bool:
+    given = (norm.weight, norm.bias)
+    return all(x.dtype is torch.float32 and x.shape == x_BTNH.shape[2:] for x in given)
+
+
+def _tables_fit(rotary: Rotary, x_BTNH: Tensor) -> bool:
+    """Whether there is one row of constants for all rows of tokens, or one for each."""
+    B, T, _, H = x_BTNH.shape
+    shape = (B if len(rotary.cos) == B else 1, T, 1, H)
+    return all(
+        x.dtype is torch.float32 and x.shape == shape and not x.requires_grad for x in rotary
+    )
 
 
 class Attention(transformer.Attention):
@@ -365,8 +400,8 @@ class Attention(transformer.Attention):
             x_BTNH.dtype is torch.bfloat16
             and is_cpu_training(x_BTNH, *norm.parameters(), *rotary)
             and _is_own(norm, transformer.HeadNorm)
-            and norm.weight.dtype is norm.bias.dtype is torch.float32
-            and rotary.cos.dtype is torch.float32
+            and _weights_fit(norm, x_BTNH)
+            and _tables_fit(rotary, x_BTNH)
             and is_compiled(self.head_dim)
         )
         if fused:
@@ -379,6 +414,7 @@ class FeedForward(transformer.FeedForward):
         fused = (
             gate.dtype is up.dtype is torch.bfloat16
             and is_cpu_training(gate, up)
+            and gate.shape == up.shape
             and _is_own(self.act_fn, Elementwise)
             and self.act_fn.function is F.silu
             and is_compiled(gate.shape[-1])
@@ -394,9 +430,12 @@ class CausalAttend(attention.CausalAttend):
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         heads, lengths = (q_BTNH, k_BTKH, v_BTKH), self.lengths
         bf16 = all(x.dtype is torch.bfloat16 for x in heads)
-        if lengths is None or not bf16 or not is_cpu_training(*heads):
+        if not lengths or not bf16 or not is_cpu_training(*heads):
             return super().__call__(*heads)
-        mean_length = sum(lengths) / len(lengths)
+        tokens = sum(lengths)
+        if any(x.shape[:2].numel() != tokens for x in heads):
+            return super().__call__(*heads)
+        mean_length = tokens / len(lengths)
         if mean_length < _TILED_DOCUMENT and is_compiled(q_BTNH.shape[-1]):
             q_SNH, k_SKH, v_SKH = (x.flatten(0, 1) for x in heads)
             return compiled_attention(q_SNH, k_SKH, v_SKH, lengths).view(q_BTNH.shape)
