@@ -70,6 +70,20 @@ def test_equals_a_direct_convolution(size: tuple[int, ...], count: int, threads:
 
 
 @needs_compiler
+@torch.no_grad()
+def test_the_default_dtype_changes_nothing() -> None:
+    torch.manual_seed(0)
+    vqgan, codes = accelerate(VQGAN(MINI).eval()), torch.zeros(1, 2, 2, dtype=torch.long)
+    expected = vqgan.decode(codes)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        pixels = vqgan.decode(codes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert pixels.dtype is torch.float32 and torch.equal(pixels, expected)
+
+
+@needs_compiler
 @pytest.mark.parametrize("size", [(1, 5, 3, 32, 40), (3, 8, 12, 64, 32), (2, 40, 41, 96, 3)])
 @torch.no_grad()
 def test_a_1_x_1_convolution_and_the_factors_of_a_norm(size: tuple[int, ...]) -> None:

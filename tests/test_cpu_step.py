@@ -253,6 +253,20 @@ def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs:
 
 
 @needs_compiler
+def test_products_do_not_depend_on_the_default_dtype() -> None:
+    small = config(64, 4, 4, 100)
+    multiply = Paged(small, 1, 8).step(random_model(small, 1), 32).product(torch.randn(4, 64))
+    x_RI = torch.randn(1, 64)
+    expected = multiply(x_RI)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = multiply(x_RI)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert actual.dtype is torch.float32 and torch.equal(actual, expected)
+
+
+@needs_compiler
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_odd_input_does_not_spoil_the_rest(bits: int) -> None:
     """A large entry, tiny ones, zeros; what is not finite stays so, in its row only."""

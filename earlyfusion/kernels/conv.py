@@ -64,7 +64,7 @@ class _Pool:
             self.free = [other for other in self.free if other is not block]
         else:
             self.free = []
-            block = torch.empty(size)
+            block = _new(size)
         # Tensors that share storage all hold the same numpy array, so the memory is free when the
         # array dies. A finalizer on the tensor itself would run while a view still reads it.
         lent = block.numpy()[:size].reshape(shape)
@@ -116,7 +116,12 @@ def reusing() -> Iterator[None]:
 def empty(*shape: int) -> Tensor:
     """Uninitialised fp32 on the CPU; within `reusing`, from the memory of freed results."""
     pool = _thread.pool
-    return torch.empty(shape) if pool is None else pool.take(shape)
+    return _new(*shape) if pool is None else pool.take(shape)
+
+
+def _new(*shape: int) -> Tensor:
+    # C++ writes fp32 on the CPU, whatever torch's default dtype and device are.
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def conv3x3(
@@ -160,8 +165,8 @@ def norm_factors(norm: nn.GroupNorm, x_BYXC: Tensor) -> Factors:
     """A group norm as one factor and one term per image and channel. C must be a multiple of
     16."""
     b, y, x, c = x_BYXC.shape
-    factors = Factors(torch.empty(b, c), torch.empty(b, c))
-    sums = torch.empty(b, -(-y * x // _SUM_PIXELS), 2, c, dtype=torch.float64)
+    factors = Factors(_new(b, c), _new(b, c))
+    sums = x_BYXC.new_empty(b, -(-y * x // _SUM_PIXELS), 2, c, dtype=torch.float64)
     _call("group_norm", (x_BYXC, norm.weight, norm.bias), (*factors, sums),
           norm.eps, b, y * x, c, norm.num_groups)  # fmt: skip
     return factors

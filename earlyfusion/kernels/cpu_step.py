@@ -119,7 +119,7 @@ class CpuStep:
         def product(x_RI: Tensor) -> Tensor:
             x_RI = x_RI.float().contiguous()
             rows, columns = x_RI.shape
-            y_RO = torch.empty(rows, packed.data.shape[0])
+            y_RO = x_RI.new_empty(rows, packed.data.shape[0])
             gemm(
                 ctypes.byref(matrix),
                 rows,

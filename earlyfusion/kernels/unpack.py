@@ -31,7 +31,7 @@ def dense(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     library = _library() if takes and not torch.compiler.is_compiling() else None
     if library is None or scales is None:
         return unpack(matrix).to(dtype)
-    out_OI = torch.empty(matrix.rows, matrix.columns, dtype=dtype)
+    out_OI = data.new_empty(matrix.rows, matrix.columns, dtype=dtype)
     padded_columns = data.shape[1] * 8 // matrix.bits
     library.earlyfusion_unpack(
         data.data_ptr(),
