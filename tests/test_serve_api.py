@@ -494,10 +494,13 @@ def test_a_response_continues_the_previous_one(client: openai.OpenAI, model: Cha
     turns = [Message("user", "Draw a cat."), before.message, Message("user", "What is this?")]
     expected = model.generate(turns, "text", max_tokens=8)
     assert second.output_text == expected.text
-    # The same by sending the items back, with the image or by its id alone.
-    for drop in (set(), {"result"}):
-        sent: Any = [{"role": "user", "content": "Draw a cat."}]
-        sent += [item.model_dump(exclude_none=True, exclude=drop) for item in first.output]
+    # The same by sending the items back, with the image or by its id alone, or references to them.
+    for back in (
+        [item.model_dump(exclude_none=True) for item in first.output],
+        [item.model_dump(exclude_none=True, exclude={"result"}) for item in first.output],
+        [{"type": "item_reference", "id": item.id} for item in first.output],
+    ):
+        sent: Any = [{"role": "user", "content": "Draw a cat."}, *back]
         sent += [{"role": "user", "content": [{"type": "input_text", "text": "What is this?"}]}]
         other = client.responses.create(model="mini", input=sent, max_output_tokens=8)
         assert other.output_text == expected.text
@@ -507,6 +510,49 @@ def test_a_response_continues_the_previous_one(client: openai.OpenAI, model: Cha
     client.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError, match="there is no response"):
         client.responses.create(model="mini", input="Hi", previous_response_id=first.id)
+    with pytest.raises(openai.BadRequestError, match="there is no item"):
+        client.responses.create(model="mini", input=sent)
+
+
+def test_texts_and_images_are_found_by_the_ids_of_their_items(
+    server: Running, model: Chameleon
+) -> None:
+    body = {"input": FRUITS, "tools": DRAWS, "seed": 0}
+    first = server.post("/v1/responses", body).json()
+    assert len({item["type"] for item in first["output"]}) == 2
+    # In another order, to see that each is the one of its id.
+    items = [{"type": "item_reference", "id": item["id"]} for item in reversed(first["output"])]
+    question = {"role": "user", "content": "What is this?"}
+    sent = [{"role": "user", "content": FRUITS}, *items, question]
+    second = server.post("/v1/responses", {"input": sent, "max_output_tokens": 8}).json()
+    before = answer(FRUITS, "interleaved", 0).segments
+    turns = [Message("user", FRUITS), Message("assistant", before[::-1])]
+    turns.append(Message("user", "What is this?"))
+    expected = model.generate(turns, "text", max_tokens=8)
+    assert second["usage"]["input_tokens"] == expected.usage.prompt_tokens
+    assert [part["text"] for part in second["output"][0]["content"]] == [expected.text]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_call_beside_the_user_s_message_is_its_image(
+    server: Running, model: Chameleon, before: bool
+) -> None:
+    first = server.post("/v1/responses", {"input": "Draw a cat.", "tools": DRAWS, "seed": 1})
+    [drawn] = [item for item in first.json()["output"] if item["type"] != "message"]
+    call = {"type": "image_generation_call", "id": drawn["id"]}
+    question = {"role": "user", "content": "What is this?"}
+    sent = [call, question] if before else [question, call]
+    reply = server.post("/v1/responses", {"input": sent, "max_output_tokens": 8}).json()
+    [cat] = answer("Draw a cat.", "interleaved", 1).message.images
+    turns = [Message("user", [cat, Text("What is this?")])]
+    expected = model.generate(turns, "text", max_tokens=8)
+    assert expected.text and reply["output"][0]["content"][0]["text"] == expected.text
+
+
+def test_instructions_alone_are_no_conversation(server: Running) -> None:
+    body = {"input": [], "instructions": "Name a fruit.", "max_output_tokens": 4}
+    reply = server.post("/v1/responses", body)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "input"
 
 
 def test_conversations_about_photographs_are_kept_as_long_as_others(

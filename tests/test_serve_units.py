@@ -534,6 +534,20 @@ def test_a_reply_that_is_left_while_others_are_dropped_is_cancelled() -> None:
     """The event loop cancels a batch between two looks of the engine's thread at it."""
     from earlyfusion.serve.driver import Driver
 
+def test_items_are_kept_as_long_as_their_conversation() -> None:
+    conversations = Conversations()
+    for number in range(MAX_CONVERSATIONS + 1):
+        response = {"id": str(number), "output": [{"id": f"a{number}"}, {"id": f"b{number}"}]}
+        turn = Message("assistant", ["begun", "first", "second"])
+        conversations.add(Conversation(response, [Message("user", "Hi"), turn]))
+    assert conversations.item("a1") == Text("first") and conversations.item("b1") == Text("second")
+    conversations.delete("2")
+    for gone in ("a0", "b0", "a2", "b2", "c"):
+        with pytest.raises(ApiError, match="there is no item") as error:
+            conversations.item(gone)
+        assert error.value.status == 400
+
+
     looks, cancelled = iter([False, True, True, True]), []
 
     class Batch:

@@ -225,9 +225,14 @@ class _Routes:
             name = body.previous_response_id
             known = self._service.conversations.get(name, "previous_response_id")
             turns += known.turns
+        referenced = responses.referenced(self._service, body)
 
         def prompts() -> list[Prompt]:
-            turns.extend(reader.items(body.input))
+            turns.extend(reader.items(body.input, referenced))
+            if not turns:  # `instructions` alone are no conversation
+                raise ApiError(
+                    400, "input is empty: give a text, or at least one item", param="input"
+                )
             return [responses.with_instructions(body, turns)]
 
         def keep_codes() -> None:

@@ -8,7 +8,7 @@ reply, or as markdown in the text. Runs in a worker thread, as it decodes images
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -28,6 +28,7 @@ from earlyfusion.serve.protocol import (
     InputItem,
     InputMessage,
     InputText,
+    ItemReference,
     TextPart,
     Wire,
 )
@@ -68,17 +69,26 @@ class PromptReader:
         """The turns of /v1/chat/completions."""
         return [self._chat_turn(message) for message in messages]
 
-    def items(self, items: str | Sequence[InputItem]) -> list[Message]:
-        """The turns of /v1/responses; adjacent items of the assistant are one turn."""
+    def items(
+        self, items: str | Sequence[InputItem], referenced: Mapping[str, Segment]
+    ) -> list[Message]:
+        """The turns of /v1/responses; adjacent items of the assistant are one turn. `referenced`
+        are the items that references name, by their ids."""
         if isinstance(items, str):
             return [Message("user", items)]
         turns: list[Message] = []
         for item in items:
-            turn = self._item(item)
+            if isinstance(item, ItemReference):
+                turn = Message("assistant", self._counted(referenced[item.id]))
+            else:
+                turn = self._item(item)
+            is_call = not isinstance(item, InputMessage) and bool(turn.images)
             if turns and turns[-1].role == turn.role == "assistant":
                 turn = Message("assistant", [*turns.pop().parts, *turn.parts])
             turns.append(turn)
-        return turns
+                is_call = called.pop() and is_call
+            called.append(is_call)
+        return _with_called_images(turns, called)
 
     def edit_image(self, image: EditImage) -> Image:
         """An image that a JSON body of /v1/images/edits names."""
@@ -214,7 +224,12 @@ class PromptReader:
             code="image_url_refused",
         )
 
-    def _item(self, item: InputItem) -> Message:
+    def _counted(self, segment: Segment) -> Segment:
+        if isinstance(segment, Image):
+            self._limits.count()
+        return segment
+
+    def _item(self, item: InputMessage | InputImageCall) -> Message:
         if isinstance(item, InputImageCall):
             return Message("assistant", self._image_of_call(item))
         return self._input_message(item)
@@ -237,6 +252,16 @@ class PromptReader:
 
 
 def _stale() -> ApiError:
+def _with_called_images(turns: list[Message], called: Sequence[bool]) -> list[Message]:
+    """The turns; images of calls that stand before the first or behind the last turn of the user,
+    where no reply does, are in that turn, before its text. OpenAI's examples edit images so."""
+    if len(turns) > 1 and called[-1] and turns[-2].role == "user":
+        turns = [*turns[:-2], Message("user", [*turns[-1].parts, *turns[-2].parts])]
+    if len(turns) > 1 and called[0] and turns[1].role == "user":
+        turns = [Message("user", [*turns[0].parts, *turns[1].parts]), *turns[2:]]
+    return turns
+
+
     return ApiError(
         400,
         "the address of an image is of another server, or of this one before it was started "

@@ -517,6 +517,13 @@ class InputMessage(Wire):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: None = None
 
+class ItemReference(Wire):
+    """An item of an earlier reply, by its id."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
 
 class InputImageCall(Wire):
     """An image of an earlier reply: by its id, or by its pixels."""
@@ -542,7 +549,8 @@ def _item_type(value: Any) -> str:
 
 InputItem = Annotated[
     Annotated[InputMessage, Tag("<message>")]
-    | Annotated[InputImageCall, Tag("<image_generation_call>")],
+    | Annotated[InputImageCall, Tag("<image_generation_call>")]
+    | Annotated[ItemReference, Tag("<item_reference>")],
     Discriminator(_item_type, custom_error_type="unknown_type", custom_error_message="is unknown"),
 ]
 

@@ -23,7 +23,7 @@ from earlyfusion.generation.request import (
 from earlyfusion.generation.settings import Output
 from earlyfusion.serve.errors import ApiError, reported
 from earlyfusion.serve.image_io import packed
-from earlyfusion.serve.protocol import ImageTool, ResponseRequest
+from earlyfusion.serve.protocol import ImageTool, ItemReference, ResponseRequest
 from earlyfusion.serve.replies import KEEPALIVE, Trimmer, image_usage, logprob_entry, sse
 from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import Conversation, new_key
@@ -67,6 +67,14 @@ def check_models(service: Service, body: ResponseRequest) -> None:
                 param="tools[0].model",
                 code="invalid_value",
             )
+
+
+def referenced(service: Service, body: ResponseRequest) -> dict[str, Segment]:
+    """The items of earlier replies that a body names by their ids. Raises `ApiError`."""
+    if isinstance(body.input, str):
+        return {}
+    ids = [item.id for item in body.input if isinstance(item, ItemReference)]
+    return {item_id: service.conversations.item(item_id) for item_id in ids}
 
 
 def _tool(body: ResponseRequest) -> ImageTool | None:

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import PIL.Image
 
-from earlyfusion.content import Image, Message
+from earlyfusion.content import Image, Message, Segment
 from earlyfusion.serve.errors import ApiError
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
@@ -181,18 +181,21 @@ class Conversations:
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[Conversation, int]] = OrderedDict()
         self._bytes = 0
+        self._response_of: dict[str, str] = {}  # ids of items -> ids of their responses
 
     def add(self, conversation: Conversation) -> None:
         """Keep a conversation under its response's id; the oldest are dropped beyond the limits."""
         # Without the image's file, which is large and in `Files`, or with the client.
         turns = [_slim(turn) for turn in conversation.turns]
         size = sum(_turn_size(turn) for turn in turns) + len(str(conversation.response))
-        self._known[conversation.response["id"]] = replace(conversation, turns=turns), size
+        response_id = conversation.response["id"]
+        self._known[response_id] = replace(conversation, turns=turns), size
+        self._response_of.update(dict.fromkeys(_item_ids(conversation), response_id))
         self._bytes += size
         while len(self._known) > MAX_CONVERSATIONS or (
             self._bytes > _CONVERSATION_BYTES and len(self._known) > 1
         ):
-            self._bytes -= self._known.popitem(last=False)[1][1]
+            self._forget(next(iter(self._known)))
 
     def get(self, response_id: str, param: str | None = None) -> Conversation:
         """Raises `ApiError`: status 404, or 400 if a request named it in `param`."""
@@ -209,7 +212,32 @@ class Conversations:
     def delete(self, response_id: str) -> None:
         """Raises `ApiError` with status 404."""
         self.get(response_id)
-        self._bytes -= self._known.pop(response_id)[1]
+        self._forget(response_id)
+
+    def item(self, item_id: str) -> Segment:
+        """The text or image of an item of a reply. Raises `ApiError` with status 400."""
+        response_id = self._response_of.get(item_id)
+        if response_id is None:
+            raise ApiError(
+                400,
+                f"there is no item {item_id[:60]!r} here any more: send the item itself",
+                param="input",
+                code="item_not_found",
+            )
+        conversation = self.get(response_id)
+        ids = _item_ids(conversation)
+        # The last turn is the reply, behind what it continues, if anything.
+        return conversation.turns[-1].parts[ids.index(item_id) - len(ids)]
+
+    def _forget(self, response_id: str) -> None:
+        conversation, size = self._known.pop(response_id)
+        self._bytes -= size
+        for item_id in _item_ids(conversation):
+            del self._response_of[item_id]
+
+
+def _item_ids(conversation: Conversation) -> list[str]:
+    return [item["id"] for item in conversation.response.get("output", ())]
 
 
 def _slim(turn: Message) -> Message:
