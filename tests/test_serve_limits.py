@@ -312,6 +312,22 @@ def test_forms_whose_image_is_no_file_or_that_are_too_large() -> None:
 
 
 def test_other_types_and_routes(server: Running) -> None:
+def test_a_file_in_the_place_of_a_text_or_of_another_is_refused(server: Running) -> None:
+    image, words = ("a.png", STRAWBERRY.read_bytes()), ("prompt.txt", b"Draw it again.")
+    cases: list[tuple[str, dict[str, Any], list[Any], str]] = [
+        ("/v1/images/edits", {}, [("image", image), ("prompt", words)], "prompt is a file"),
+        ("/v1/images/edits", {"prompt": "a"}, [("images", image)], "images is a file"),
+        ("/v1/files", {}, [("file", image), ("file", image)], "one image, and 2 came"),
+        ("/v1/files", {"purpose": ["vision", "vision"]}, [("file", image)], "purpose came twice"),
+        ("/v1/files", {}, [("file", image), ("purpose", words)], "purpose is a file"),
+        ("/v1/files", {}, [("purpose", (None, b"vision"))], "one image, and 0 came"),
+    ]
+    with httpx.Client(timeout=60) as client:
+        for path, fields, files, sentence in cases:
+            reply = client.post(server.url + path, data=fields, files=files)
+            assert reply.status_code == 400 and sentence in error_of(reply)["message"]
+
+
     with httpx.Client() as client:
         url = f"{server.url}/v1/chat/completions"
         assert client.post(url, content="{}").status_code == 415

@@ -347,18 +347,26 @@ class _Routes:
     async def upload(self, request: Request) -> Response:
         form = await _read_form(request)
         async with _closing(form):
-            files = [value for value in form.values() if isinstance(value, UploadFile)]
-            if isinstance(form.get("file"), str):
-                raise _no_filename("file")
             for field in sorted(form.keys() - {"file", "purpose"}):
                 raise _unknown_upload_field(field[:60])
-            if len(files) != 1:
-                raise ApiError(400, "an upload is one image: send it as file", param="file")
-            data, name = await files[0].read(), files[0].filename or "picture"
-        purpose = str(form.get("purpose", "vision"))[:40]
+            sent = form.getlist("file")
+            if len(sent) != 1:
+                raise ApiError(
+                    400,
+                    f"an upload is one image, and {len(sent)} came: send one as file",
+                    param="file",
+                )
+            if isinstance(sent[0], str):
+                raise _no_filename("file")
+            data, name = await sent[0].read(), sent[0].filename or "picture"
+            [purpose, *others] = form.getlist("purpose") or ["vision"]
+            if others:
+                raise _twice("purpose")
+            if not isinstance(purpose, str):
+                raise _no_text("purpose")
         image = await self._service.work(self._service.reader().file, data)
         # The name is shown and never used as a path.
-        file = self._service.files.add(data, media_type(data), image, name[:200], purpose)
+        file = self._service.files.add(data, media_type(data), image, name[:200], purpose[:40])
         return JsonReply(file.described)
 
     async def file(self, file_id: str) -> Response:
@@ -448,8 +456,10 @@ class _Routes:
                 if isinstance(value, UploadFile) and name in _IMAGE_FIELDS:
                     files.append(await value.read())
                 elif isinstance(value, UploadFile):
-                    fields[name] = "a file"
+                    fields[name] = "a file"  # which `read` refuses, with the reason
                 elif name in _IMAGE_FIELDS:
+                elif isinstance(value, UploadFile) and name in model.model_fields:
+                    raise _no_text(name)
                     raise _no_filename(name)
                 elif name in fields:
                     raise _twice(name)
@@ -558,6 +568,11 @@ def _header(ignored: list[str]) -> dict[str, str]:
 
 
 _ERROR = {
+def _no_text(field: str) -> ApiError:
+    remedy = "send it as image" if field == "images" else "send it as text, without a filename"
+    return ApiError(400, f"the field {field} is a file: {remedy}", param=field)
+
+
     "type": "object",
     "properties": {
         "error": {
