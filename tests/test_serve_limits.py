@@ -255,6 +255,7 @@ def test_a_client_that_leaves_amid_its_body_is_no_failure(
         (b'{"a": ' + b"9" * 5000 + b"}", "over 4,300 digits"),
         (b'{"prompt": "a", "seed": 1, "seed": 2}', "the field seed came twice: send it once"),
         (b'{"metadata": {"a": "1", "a": "1"}}', "the field a came twice"),
+        (b'{"prompt": "a", "x": [-1e400]}', "the number -1e400 is too large"),
     ],
 )
 def test_damaged_json(server: Running, body: bytes, words: str) -> None:
@@ -311,7 +312,6 @@ def test_forms_whose_image_is_no_file_or_that_are_too_large() -> None:
                 assert error_of(reply)["message"].startswith(words)
 
 
-def test_other_types_and_routes(server: Running) -> None:
 def test_a_file_in_the_place_of_a_text_or_of_another_is_refused(server: Running) -> None:
     image, words = ("a.png", STRAWBERRY.read_bytes()), ("prompt.txt", b"Draw it again.")
     cases: list[tuple[str, dict[str, Any], list[Any], str]] = [
@@ -328,6 +328,7 @@ def test_a_file_in_the_place_of_a_text_or_of_another_is_refused(server: Running)
             assert reply.status_code == 400 and sentence in error_of(reply)["message"]
 
 
+def test_other_types_and_routes(server: Running) -> None:
     with httpx.Client() as client:
         url = f"{server.url}/v1/chat/completions"
         assert client.post(url, content="{}").status_code == 415

@@ -470,7 +470,8 @@ def test_files_are_bounded_and_signed() -> None:
     address = files.address(last.id, "http://here/v1/x")
     assert files.at(address) is last
     assert files.at(address.replace("http://here", "https://elsewhere:9")) is last
-    for other in (address[:-1] + "?", "http://a/b.png", "nonsense", "http://[", address[:20]):
+    half = address[:-1] + "\ud800"  # of a character, as JSON can hold it
+    for other in (half, address[:-1] + "?", "http://a/b.png", "nonsense", "http://[", address[:20]):
         assert files.at(other) is None
     other_server = Files(100)  # has another secret
     assert other_server.at(address) is None and other_server.is_stale(address)
@@ -533,7 +534,6 @@ def test_a_step_of_many_replies_lets_others_in_between() -> None:
 def test_a_reply_that_is_left_while_others_are_dropped_is_cancelled() -> None:
     """The event loop cancels a batch between two looks of the engine's thread at it."""
     from earlyfusion.serve.driver import Driver
-
 def test_items_are_kept_as_long_as_their_conversation() -> None:
     conversations = Conversations()
     for number in range(MAX_CONVERSATIONS + 1):
@@ -546,6 +546,7 @@ def test_items_are_kept_as_long_as_their_conversation() -> None:
         with pytest.raises(ApiError, match="there is no item") as error:
             conversations.item(gone)
         assert error.value.status == 400
+
 
 
     looks, cancelled = iter([False, True, True, True]), []

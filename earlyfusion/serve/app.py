@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache, partial
+from math import isinf
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -224,8 +225,8 @@ class _Routes:
         if body.previous_response_id is not None:
             name = body.previous_response_id
             known = self._service.conversations.get(name, "previous_response_id")
-            turns += known.turns
         referenced = responses.referenced(self._service, body)
+            turns += known.turns
 
         def prompts() -> list[Prompt]:
             turns.extend(reader.items(body.input, referenced))
@@ -457,9 +458,9 @@ class _Routes:
                     files.append(await value.read())
                 elif isinstance(value, UploadFile):
                     fields[name] = "a file"  # which `read` refuses, with the reason
-                elif name in _IMAGE_FIELDS:
                 elif isinstance(value, UploadFile) and name in model.model_fields:
                     raise _no_text(name)
+                elif name in _IMAGE_FIELDS:
                     raise _no_filename(name)
                 elif name in fields:
                     raise _twice(name)
@@ -471,7 +472,9 @@ class _Routes:
 
 def _parsed(raw: bytes) -> Any:
     try:
-        return json.loads(raw, parse_constant=_no_number, object_pairs_hook=_object)
+        return json.loads(
+            raw, parse_float=_float, parse_constant=_no_number, object_pairs_hook=_object
+        )
     except json.JSONDecodeError as error:
         wrong = f"is not valid JSON at line {error.lineno}, column {error.colno}: correct it there"
     except UnicodeDecodeError:
@@ -485,6 +488,15 @@ def _parsed(raw: bytes) -> Any:
 
 def _no_number(name: str) -> float:
     raise ApiError(
+def _float(digits: str) -> float:
+    number = float(digits)
+    if isinf(number):  # JSON cannot hold it: a reply could not repeat it
+        raise ApiError(
+            400, f"the number {digits[:40]} is too large: use one below 1e308", code="invalid_json"
+        )
+    return number
+
+
         400, f"{name} is not JSON: use a number, or leave the field out", code="invalid_json"
     )
 
@@ -556,6 +568,11 @@ def _no_filename(field: str) -> ApiError:
 
 @asynccontextmanager
 async def _closing(form: FormData) -> AsyncIterator[None]:
+def _no_text(field: str) -> ApiError:
+    remedy = "send it as image" if field == "images" else "send it as text, without a filename"
+    return ApiError(400, f"the field {field} is a file: {remedy}", param=field)
+
+
     try:
         yield
     finally:
@@ -568,11 +585,6 @@ def _header(ignored: list[str]) -> dict[str, str]:
 
 
 _ERROR = {
-def _no_text(field: str) -> ApiError:
-    remedy = "send it as image" if field == "images" else "send it as text, without a filename"
-    return ApiError(400, f"the field {field} is a file: {remedy}", param=field)
-
-
     "type": "object",
     "properties": {
         "error": {

@@ -140,7 +140,8 @@ class Files:
         return f"{base}/v1/files/{file_id}/content?sig={self._signature(file_id)}"
 
     def is_signed(self, file_id: str, signature: str) -> bool:
-        return hmac.compare_digest(self._signature(file_id).encode(), signature.encode())
+        given = signature.encode("utf-8", "replace")  # JSON may hold half a character
+        return hmac.compare_digest(self._signature(file_id).encode(), given)
 
     def at(self, address: str) -> StoredFile | None:
         """The file at a signed address of this server, under any host name; None for any other
@@ -180,8 +181,8 @@ class Conversations:
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[Conversation, int]] = OrderedDict()
-        self._bytes = 0
         self._response_of: dict[str, str] = {}  # ids of items -> ids of their responses
+        self._bytes = 0
 
     def add(self, conversation: Conversation) -> None:
         """Keep a conversation under its response's id; the oldest are dropped beyond the limits."""
