@@ -51,6 +51,7 @@ from earlyfusion.serve.protocol import (
     read,
 )
 from earlyfusion.serve.replies import EventStream, Trimmer, json_text, sse, to_json
+    TokenizeRequest,
 from earlyfusion.serve.spawn import cache_share
 from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversations, Files
 
@@ -116,6 +117,15 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
         (
             ChatRequest,
             {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+        (ChatRequest, {"messages": ["Hi"]}, "messages[0]", "send an object"),
+        (ChatRequest, CHAT | {"metadata": "a"}, "metadata", "send an object"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]},
+            "messages[0].content[0].image_url",
+            "send an object",
+        ),
+        (TokenizeRequest, {"prompt": "a", "add_special_tokens": True}, None, "only false"),
             "messages[0].tool_calls",
             "tool_calls is not empty: leave it out",
         ),
@@ -223,8 +233,29 @@ def test_nulls_are_fields_that_are_not_set_at_any_depth() -> None:
 
 def test_offered_tools_are_left_alone_and_named() -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "search"}}], "functions": [{}]}
-    plain, ignored = read(ChatRequest, CHAT | tools | {"tool_choice": "auto"})
-    assert plain == read(ChatRequest, CHAT)[0] and ignored == ["tools", "functions"]
+    plain = {"input": "a"}
+    for reasoning in ({"effort": "none", "summary": None}, {"effort": None, "summary": None}):
+        assert read(ResponseRequest, plain | {"reasoning": reasoning}) == read(
+            ResponseRequest, plain
+        )
+    cache = {"prompt_cache_options": {"mode": "implicit", "ttl": None}}
+    assert read(ChatRequest, CHAT | cache) == read(ChatRequest, CHAT)
+    thinks = {"reasoning": {"effort": "low", "summary": None}}
+    assert refused(ResponseRequest, plain | thinks).param == "reasoning"
+    for choice in ("auto", "none"):
+        choices = {"tool_choice": choice, "function_call": choice}
+        plain, ignored = read(ChatRequest, CHAT | tools | choices)
+        assert plain == read(ChatRequest, CHAT)[0] and ignored == ["tools", "functions"]
+    assert "use auto or none" in refused(ChatRequest, CHAT | {"function_call": {}}).message
+
+
+def test_marks_for_a_cache_are_accepted() -> None:
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    content = [{"type": "text", "text": "a"} | mark, image | mark]
+    read(ChatRequest, {"messages": [{"role": "user", "content": content}]})
+    content = [{"type": "input_text", "text": "a"} | mark, {"type": "input_image"} | mark]
+    read(ResponseRequest, {"input": [{"role": "user", "content": content}]})
 
 
 def test_bodies_of_very_many_mistakes_are_refused_at_once() -> None:
@@ -503,6 +534,20 @@ def test_conversations_are_bounded() -> None:
 
 
 def test_a_step_of_many_replies_lets_others_in_between() -> None:
+def test_items_are_kept_as_long_as_their_conversation() -> None:
+    conversations = Conversations()
+    for number in range(MAX_CONVERSATIONS + 1):
+        response = {"id": str(number), "output": [{"id": f"a{number}"}, {"id": f"b{number}"}]}
+        turn = Message("assistant", ["begun", "first", "second"])
+        conversations.add(Conversation(response, [Message("user", "Hi"), turn]))
+    assert conversations.item("a1") == Text("first") and conversations.item("b1") == Text("second")
+    conversations.delete("2")
+    for gone in ("a0", "b0", "a2", "b2", "c"):
+        with pytest.raises(ApiError, match="there is no item") as error:
+            conversations.item(gone)
+        assert error.value.status == 400
+
+
     from earlyfusion.serve import driver as module
     from earlyfusion.serve.driver import Batch, Driver
 
@@ -534,20 +579,6 @@ def test_a_step_of_many_replies_lets_others_in_between() -> None:
 def test_a_reply_that_is_left_while_others_are_dropped_is_cancelled() -> None:
     """The event loop cancels a batch between two looks of the engine's thread at it."""
     from earlyfusion.serve.driver import Driver
-def test_items_are_kept_as_long_as_their_conversation() -> None:
-    conversations = Conversations()
-    for number in range(MAX_CONVERSATIONS + 1):
-        response = {"id": str(number), "output": [{"id": f"a{number}"}, {"id": f"b{number}"}]}
-        turn = Message("assistant", ["begun", "first", "second"])
-        conversations.add(Conversation(response, [Message("user", "Hi"), turn]))
-    assert conversations.item("a1") == Text("first") and conversations.item("b1") == Text("second")
-    conversations.delete("2")
-    for gone in ("a0", "b0", "a2", "b2", "c"):
-        with pytest.raises(ApiError, match="there is no item") as error:
-            conversations.item(gone)
-        assert error.value.status == 400
-
-
 
     looks, cancelled = iter([False, True, True, True]), []
 

@@ -224,12 +224,18 @@ class ImageUrl(Wire):
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-class TextPart(Wire):
+class Part(Wire):
+    """A part of a message. Marks for a prompt cache have no effect: shared prefixes are found."""
+
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+class TextPart(Part):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(Wire):
+class ImagePart(Part):
     type: Literal["image_url"]
     image_url: ImageUrl
     index: int | None = None
@@ -239,7 +245,7 @@ class FileId(Wire):
     file_id: str
 
 
-class FilePart(Wire):
+class FilePart(Part):
     type: Literal["file"]
     file: FileId
 
@@ -290,6 +296,7 @@ class StreamOptions(Wire):
 
 
 _NO_TOOLS = "this model calls no tools: leave it out"
+_NO_CHOICE = "this model calls no tools: use auto or none, or leave it out"
 _CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -297,6 +304,7 @@ _CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -307,9 +315,9 @@ _CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
 }
 _CHAT_WHY_NOT = {
     "tools": _NO_TOOLS,
-    "tool_choice": "this model calls no tools: use auto or none, or leave it out",
+    "tool_choice": _NO_CHOICE,
     "functions": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
+    "function_call": _NO_CHOICE,
     "frequency_penalty": "only 0 is possible: use repetition_penalty",
     "presence_penalty": "only 0 is possible: use repetition_penalty",
     "logit_bias": "only {} is possible: use bad_words or allowed_words",
@@ -481,14 +489,14 @@ class VariationRequest(ImageOptions):
 # --- Responses ---
 
 
-class InputText(Wire):
+class InputText(Part):
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     logprobs: list[Any] | None = None
 
 
-class InputImage(Wire):
+class InputImage(Part):
     type: Literal["input_image"]
     image_url: str | None = None
     file_id: str | None = None
@@ -509,6 +517,13 @@ _InputContent = Annotated[
 ]
 
 
+class ItemReference(Wire):
+    """An item of an earlier reply, by its id."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
 class InputMessage(Wire):
     role: Literal["system", "developer", "user", "assistant"]
     content: _InputContent
@@ -516,13 +531,6 @@ class InputMessage(Wire):
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: None = None
-
-class ItemReference(Wire):
-    """An item of an earlier reply, by its id."""
-
-    type: Literal["item_reference"]
-    id: str
-
 
 
 class InputImageCall(Wire):
@@ -653,6 +661,12 @@ class ResponseRequest(TextSampling, Bookkeeping):
 class TokenizeRequest(Wire):
     """/tokenize: the tokens of a text, or of the whole prompt made of messages."""
 
+    neutral = {"add_special_tokens": (False,), "add_generation_prompt": (True,)}  # of vLLM
+    why_not = {
+        "add_special_tokens": "only false is possible: the prompt of messages has them all",
+        "add_generation_prompt": "only true is possible: end the messages with the user's",
+    }
+
     model: str | None = None
     prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
     messages: Annotated[list[ChatMessage], Field(max_length=MAX_ITEMS)] | None = None
@@ -728,6 +742,8 @@ def _check_size(data: Any, most: int) -> None:
 def _changes_nothing(model: type[Wire], name: str, value: Any) -> bool:
     if value is None:
         return True
+    if isinstance(value, dict):
+        value = {key: inner for key, inner in value.items() if inner is not None}
     # 0 == False in Python, but not in JSON.
     plain = [
         v for v in model.neutral.get(name, ()) if isinstance(v, bool) == isinstance(value, bool)
@@ -755,11 +771,13 @@ def _refusal(model: type[Wire], first: ErrorDetails, data: Any) -> ApiError:
         message = f"{path} is missing: give it"
     elif first["type"] == "unknown_type":
         message = f"{path} has the type {_shown(first['input'])}, which is unknown on this route"
+    elif first["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        message = f"{path}={_shown(first['input'])} is not possible: send an object"
     elif first["type"] == "too_short":  # all lists of a least length have 1
         message = f"{path} is empty: give at least one item"
     elif first["type"] == "too_long":
         most = first["ctx"]["max_length"]
-        limit = f"has over {most:,} items, the limit" if most else "is not empty"
+        limit = f"has over {most:,} item{'s' * (most > 1)}, the limit" if most else "is not empty"
         message = f"{path} {limit}: leave {'some' if most else 'it'} out"
     elif first["type"] == "string_too_long":
         count, most = len(first["input"]), first["ctx"]["max_length"]
