@@ -640,8 +640,12 @@ def test_health_follows_the_heartbeat_of_the_engine(
 ) -> None:
     assert server.get("/health").json()["status"] == "ok"
     assert server.get("/ready").json() == {"ready": True}
+    monkeypatch.setattr(server.service.driver, "failures", 3)
+    assert "last steps failed" in server.get("/health").json()["reason"]
+    monkeypatch.undo()
     monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", -1.0)
-    assert server.get("/health").status_code == 503
+    health = server.get("/health")
+    assert health.status_code == 503 and "has made no step for" in health.json()["reason"]
 
 
 def test_replies_do_not_wait_for_acknowledgements() -> None:
@@ -665,6 +669,13 @@ def test_metrics_count(server: Running) -> None:
     assert value("earlyfusion:num_requests_running") == 0
     assert value("earlyfusion:generation_tokens_total") > 66
     assert value('earlyfusion:http_errors_total{status="400"}') >= 0
+
+
+def test_a_new_server_has_counted_nothing() -> None:
+    with running() as server:
+        lines = server.get("/metrics").text.splitlines()
+    counted = [line for line in lines if "_total{" in line or "_count{" in line]
+    assert counted and all(line.endswith(" 0.0") for line in counted)
 
 
 def test_request_ids_come_back(server: Running) -> None:

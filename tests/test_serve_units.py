@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from io import BytesIO
 from multiprocessing.connection import Connection
+from contextlib import suppress
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
@@ -50,8 +51,8 @@ from earlyfusion.serve.protocol import (
     Wire,
     read,
 )
-from earlyfusion.serve.replies import EventStream, Trimmer, json_text, sse, to_json
     TokenizeRequest,
+from earlyfusion.serve.replies import EventStream, Trimmer, json_text, sse, to_json
 from earlyfusion.serve.spawn import cache_share
 from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversations, Files
 
@@ -116,7 +117,6 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
         (CompletionRequest, {"prompt": ["a"] * 10_001}, "prompt", "over 10,000 items, the limit"),
         (
             ChatRequest,
-            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
         (ChatRequest, {"messages": ["Hi"]}, "messages[0]", "send an object"),
         (ChatRequest, CHAT | {"metadata": "a"}, "metadata", "send an object"),
         (
@@ -126,6 +126,7 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
             "send an object",
         ),
         (TokenizeRequest, {"prompt": "a", "add_special_tokens": True}, None, "only false"),
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
             "messages[0].tool_calls",
             "tool_calls is not empty: leave it out",
         ),
@@ -232,7 +233,6 @@ def test_nulls_are_fields_that_are_not_set_at_any_depth() -> None:
 
 
 def test_offered_tools_are_left_alone_and_named() -> None:
-    tools = {"tools": [{"type": "function", "function": {"name": "search"}}], "functions": [{}]}
     plain = {"input": "a"}
     for reasoning in ({"effort": "none", "summary": None}, {"effort": None, "summary": None}):
         assert read(ResponseRequest, plain | {"reasoning": reasoning}) == read(
@@ -242,6 +242,7 @@ def test_offered_tools_are_left_alone_and_named() -> None:
     assert read(ChatRequest, CHAT | cache) == read(ChatRequest, CHAT)
     thinks = {"reasoning": {"effort": "low", "summary": None}}
     assert refused(ResponseRequest, plain | thinks).param == "reasoning"
+    tools = {"tools": [{"type": "function", "function": {"name": "search"}}], "functions": [{}]}
     for choice in ("auto", "none"):
         choices = {"tool_choice": choice, "function_call": choice}
         plain, ignored = read(ChatRequest, CHAT | tools | choices)
@@ -533,7 +534,6 @@ def test_conversations_are_bounded() -> None:
 # --- from the engine to the replies ---
 
 
-def test_a_step_of_many_replies_lets_others_in_between() -> None:
 def test_items_are_kept_as_long_as_their_conversation() -> None:
     conversations = Conversations()
     for number in range(MAX_CONVERSATIONS + 1):
@@ -548,6 +548,7 @@ def test_items_are_kept_as_long_as_their_conversation() -> None:
         assert error.value.status == 400
 
 
+def test_a_step_of_many_replies_lets_others_in_between() -> None:
     from earlyfusion.serve import driver as module
     from earlyfusion.serve.driver import Batch, Driver
 
@@ -619,6 +620,49 @@ def test_waits_of_a_reply_share_an_alarm() -> None:
 
 def test_when_to_ask_again_follows_the_oldest_request() -> None:
     from earlyfusion.serve.driver import Driver
+
+def test_a_mistake_in_the_figures_costs_no_reply() -> None:
+    from earlyfusion.serve import driver as module
+    from earlyfusion.serve.driver import Driver
+
+    async def run() -> None:
+        driver = Driver(mini(), max_queue=100)
+        driver._loop, driver.ready = asyncio.get_running_loop(), True
+
+        def observe(batch: Batch, index: int, event: Event) -> None:
+            raise KeyError(index)
+
+        driver.watch(observe, lambda batch: None)
+        jobs = [module._Job(REQUEST, 0, Batch(driver, 1)) for _ in range(20)]
+        for job in jobs:
+            job.batch._left = 1
+        with suppress(KeyError):
+            driver._receive([module._News(job, [TextDelta("a")]) for job in jobs])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert all(job.batch.goes_on for job in jobs)
+
+    asyncio.run(run())
+
+
+def test_a_late_reply_is_no_client_that_left() -> None:
+    from earlyfusion.serve.driver import Driver, LateError
+
+    async def run() -> None:
+        driver, left = Driver(mini(), max_queue=100), list[Batch]()
+        driver.ready = True
+        driver.watch(lambda batch, index, event: None, left.append)
+        for timeout, expected in ((0.001, 0), (None, 1)):
+            batch = driver.admit(1)
+            batch._left = 1
+            if timeout is not None:
+                with pytest.raises(LateError):
+                    await batch.collect(timeout)
+            batch.close()
+            assert len(left) == expected
+
+    asyncio.run(run())
+
 
     driver = Driver(mini(), max_queue=0)
     driver.ready = True

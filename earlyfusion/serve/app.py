@@ -125,8 +125,7 @@ async def _error(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 404
-    status = getattr(error, "status_code", status)
+    status = getattr(error, "status_code", 404)
     path = request.url.path[:80]
     wire = ApiError(
         status if status < 500 else 404,
@@ -225,8 +224,8 @@ class _Routes:
         if body.previous_response_id is not None:
             name = body.previous_response_id
             known = self._service.conversations.get(name, "previous_response_id")
-        referenced = responses.referenced(self._service, body)
             turns += known.turns
+        referenced = responses.referenced(self._service, body)
 
         def prompts() -> list[Prompt]:
             turns.extend(reader.items(body.input, referenced))
@@ -406,11 +405,14 @@ class _Routes:
     async def health(self) -> Response:
         """Whether the engine's thread is alive and not stuck in a step, and the engine starts."""
         driver = self._service.driver
-        silent, trouble = round(driver.silent_seconds, 3), driver.trouble
-        well = driver.healthy and silent < STALE_SECONDS and not trouble
-        content = {"status": "ok" if well else "failing", "engine_silent_seconds": silent}
-        content |= {"reason": trouble} if trouble else {}
-        return JsonReply(content, 200 if well else 503)
+        silent, reason = round(driver.silent_seconds, 3), driver.trouble
+        if not reason and not driver.healthy:
+            reason = "the engine's last steps failed, or its thread has ended: see the log"
+        if not reason and silent >= STALE_SECONDS:
+            reason = f"the engine has made no step for {silent:.0f} s: it may be stuck in one"
+        content = {"status": "failing" if reason else "ok", "engine_silent_seconds": silent}
+        content |= {"reason": reason} if reason else {}
+        return JsonReply(content, 503 if reason else 200)
 
     async def ready(self) -> Response:
         """Whether requests are accepted."""
@@ -456,10 +458,10 @@ class _Routes:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile) and name in _IMAGE_FIELDS:
                     files.append(await value.read())
-                elif isinstance(value, UploadFile):
-                    fields[name] = "a file"  # which `read` refuses, with the reason
                 elif isinstance(value, UploadFile) and name in model.model_fields:
                     raise _no_text(name)
+                elif isinstance(value, UploadFile):
+                    fields[name] = "a file"  # which `read` refuses, with the reason
                 elif name in _IMAGE_FIELDS:
                     raise _no_filename(name)
                 elif name in fields:
@@ -486,8 +488,6 @@ def _parsed(raw: bytes) -> Any:
     raise ApiError(400, f"the body {wrong}", code="invalid_json")
 
 
-def _no_number(name: str) -> float:
-    raise ApiError(
 def _float(digits: str) -> float:
     number = float(digits)
     if isinf(number):  # JSON cannot hold it: a reply could not repeat it
@@ -497,6 +497,8 @@ def _float(digits: str) -> float:
     return number
 
 
+def _no_number(name: str) -> float:
+    raise ApiError(
         400, f"{name} is not JSON: use a number, or leave the field out", code="invalid_json"
     )
 
@@ -566,13 +568,13 @@ def _no_filename(field: str) -> ApiError:
     return ApiError(400, words, param=field)
 
 
-@asynccontextmanager
-async def _closing(form: FormData) -> AsyncIterator[None]:
 def _no_text(field: str) -> ApiError:
     remedy = "send it as image" if field == "images" else "send it as text, without a filename"
     return ApiError(400, f"the field {field} is a file: {remedy}", param=field)
 
 
+@asynccontextmanager
+async def _closing(form: FormData) -> AsyncIterator[None]:
     try:
         yield
     finally:

@@ -141,12 +141,10 @@ class Batch:
                 self._left -= sum(isinstance(event, Finished) for _, event in group)
                 yield group
                 continue
+            if self._error is None and end is not None and monotonic() >= end:
+                self._error = LateError()
             if self._error is not None:
                 raise self._error
-            if not self._left:
-                return
-            if end is not None and monotonic() >= end:
-                raise LateError
             if not await self._more(_smaller(tick, None if end is None else end - monotonic())):
                 yield None
 
@@ -341,6 +339,15 @@ class Driver:
         if self._admitted + count > self.limit:
             raise FullError(self.limit, self._retry_seconds())
 
+    def _retry_seconds(self) -> float:
+        ahead = max(self._admitted, 1) / self.engine.most_running
+        oldest = next(iter(self._batches), None)
+        # A batch that has run longer than the mean shows that the mean is too small.
+        age = 0.0 if oldest is None else monotonic() - oldest.admitted
+        seconds = min(max(max(self._seconds, age) * ahead, 1), 40)
+        # So that clients refused together do not come back together.
+        return seconds * uniform(0.5, 1.5)
+
     def take_in(self, jobs: list[_Job]) -> None:
         with self._wake:
             self._inbox += jobs
@@ -441,15 +448,6 @@ class Driver:
             done.wait(10)
 
     # ---- the thread
-
-    def _retry_seconds(self) -> float:
-        ahead = max(self._admitted, 1) / self.engine.most_running
-        oldest = next(iter(self._batches), None)
-        # A batch that has run longer than the mean shows that the mean is too small.
-        age = 0.0 if oldest is None else monotonic() - oldest.admitted
-        seconds = min(max(max(self._seconds, age) * ahead, 1), 40)
-        # So that clients refused together do not come back together.
-        return seconds * uniform(0.5, 1.5)
 
     def _run(self) -> None:
         try:
@@ -630,8 +628,11 @@ class Driver:
         for job in [*islice(self._arrived, REPLIES_AT_ONCE)]:
             news = self._arrived.pop(job)
             if not job.batch.cancelled:
-                for event in news.events:
-                    self.observe(job.batch, job.index, event)
+                try:
+                    for event in news.events:
+                        self.observe(job.batch, job.index, event)
+                except Exception:  # costs no reply, and none of those that are still to be woken
+                    log.exception("an event was not counted")
                 job.batch.receive(news)
         if self._arrived and self._loop is not None:
             self._loop.call_soon(self._deliver)

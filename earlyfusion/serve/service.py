@@ -82,7 +82,6 @@ class Service:
         self.created = int(time())
         self.driver = drivers_of(model, options.max_queue, remote)
         self.metrics = Metrics(self.driver, self.name)
-        self.driver.watch(self.metrics.observe, self.metrics.cancel)
         self.files = Files(options.file_bytes)
         self.conversations = Conversations()
         self._workers = ThreadPoolExecutor(_WORKERS, "images", initializer=yield_to_others)
@@ -93,6 +92,7 @@ class Service:
     async def start(self) -> None:
         self.driver.start()
         await self.driver.warm_up()
+        self.driver.watch(self.metrics.observe, self.metrics.cancel)  # not the request above
 
     async def stop(self) -> None:
         await self.driver.drain(self.options.drain_seconds)
