@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from io import BytesIO
 from multiprocessing.connection import Connection
-from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
@@ -30,7 +33,7 @@ from earlyfusion.generation.request import (
     TextDelta,
 )
 from earlyfusion.generation.settings import SamplingParams
-from earlyfusion.serve import fetch
+from earlyfusion.serve import fetch, logs
 from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError
 from earlyfusion.serve.errors import ApiError, as_api_error
 from earlyfusion.serve.fetch import checked
@@ -48,10 +51,10 @@ from earlyfusion.serve.protocol import (
     GenerationRequest,
     ResponseRequest,
     Sampling,
+    TokenizeRequest,
     Wire,
     read,
 )
-    TokenizeRequest,
 from earlyfusion.serve.replies import EventStream, Trimmer, json_text, sse, to_json
 from earlyfusion.serve.spawn import cache_share
 from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversations, Files
@@ -114,9 +117,6 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
         (ChatRequest, CHAT | {"max_tokens": 1, "max_completion_tokens": 1}, None, "the same"),
         (ChatRequest, CHAT | {"stop": [1]}, "stop[0]", "stop[0]=1"),
         (ChatRequest, {"messages": []}, "messages", "give at least one item"),
-        (CompletionRequest, {"prompt": ["a"] * 10_001}, "prompt", "over 10,000 items, the limit"),
-        (
-            ChatRequest,
         (ChatRequest, {"messages": ["Hi"]}, "messages[0]", "send an object"),
         (ChatRequest, CHAT | {"metadata": "a"}, "metadata", "send an object"),
         (
@@ -126,6 +126,9 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
             "send an object",
         ),
         (TokenizeRequest, {"prompt": "a", "add_special_tokens": True}, None, "only false"),
+        (CompletionRequest, {"prompt": ["a"] * 10_001}, "prompt", "over 10,000 items, the limit"),
+        (
+            ChatRequest,
             {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
             "messages[0].tool_calls",
             "tool_calls is not empty: leave it out",
@@ -230,9 +233,6 @@ def test_nulls_are_fields_that_are_not_set_at_any_depth() -> None:
     error = refused(ChatRequest, {"messages": [{"role": "user", "contents": "a"}]})
     assert error.param == "messages[0].contents"
     assert refused(ChatRequest, {"messages": [{"role": None}]}).param == "messages[0].role"
-
-
-def test_offered_tools_are_left_alone_and_named() -> None:
     plain = {"input": "a"}
     for reasoning in ({"effort": "none", "summary": None}, {"effort": None, "summary": None}):
         assert read(ResponseRequest, plain | {"reasoning": reasoning}) == read(
@@ -242,6 +242,9 @@ def test_offered_tools_are_left_alone_and_named() -> None:
     assert read(ChatRequest, CHAT | cache) == read(ChatRequest, CHAT)
     thinks = {"reasoning": {"effort": "low", "summary": None}}
     assert refused(ResponseRequest, plain | thinks).param == "reasoning"
+
+
+def test_offered_tools_are_left_alone_and_named() -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "search"}}], "functions": [{}]}
     for choice in ("auto", "none"):
         choices = {"tool_choice": choice, "function_call": choice}
@@ -531,9 +534,6 @@ def test_conversations_are_bounded() -> None:
     assert error.value.status == 404
 
 
-# --- from the engine to the replies ---
-
-
 def test_items_are_kept_as_long_as_their_conversation() -> None:
     conversations = Conversations()
     for number in range(MAX_CONVERSATIONS + 1):
@@ -546,6 +546,9 @@ def test_items_are_kept_as_long_as_their_conversation() -> None:
         with pytest.raises(ApiError, match="there is no item") as error:
             conversations.item(gone)
         assert error.value.status == 400
+
+
+# --- from the engine to the replies ---
 
 
 def test_a_step_of_many_replies_lets_others_in_between() -> None:
@@ -618,9 +621,6 @@ def test_waits_of_a_reply_share_an_alarm() -> None:
     asyncio.run(run())
 
 
-def test_when_to_ask_again_follows_the_oldest_request() -> None:
-    from earlyfusion.serve.driver import Driver
-
 def test_a_mistake_in_the_figures_costs_no_reply() -> None:
     from earlyfusion.serve import driver as module
     from earlyfusion.serve.driver import Driver
@@ -663,6 +663,9 @@ def test_a_late_reply_is_no_client_that_left() -> None:
 
     asyncio.run(run())
 
+
+def test_when_to_ask_again_follows_the_oldest_request() -> None:
+    from earlyfusion.serve.driver import Driver
 
     driver = Driver(mini(), max_queue=0)
     driver.ready = True
@@ -796,10 +799,29 @@ def test_options_are_checked() -> None:
     assert ServeOptions(host="0.0.0.0", api_keys=("a-long-key",)).host == "0.0.0.0"
     for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.9.9.9"):
         assert ServeOptions(host=host).host == host
+    for origin in ("*", "null", "http://page.example:81", "chrome-extension://abc"):
+        assert ServeOptions(cors_origins=(origin,)).cors_origins == (origin,)
+    for origin in ("http://page.example/", "page.example", "", "http://a b"):
+        with pytest.raises(SettingError, match="is not an origin: give a scheme and a host"):
+            ServeOptions(cors_origins=(origin,))
+    assert ServeOptions(public_url="https://a.example/x/").public_url
+    for address in ("a.example", "//a.example", "http://", "ftp://a"):
+        with pytest.raises(SettingError, match="is not an address: begin it with http://"):
+            ServeOptions(public_url=address)
     impossible = {"port": 70_000}, {"max_queue": -1}, {"api_keys": ("short",)}, {"step_timeout": 0}
     for wrong in impossible:
         with pytest.raises(SettingError):
             ServeOptions(**wrong)
+
+
+def test_the_log_has_all_that_is_said() -> None:
+    """Every field that the server gives to a record is in the line."""
+    extra = set()
+    for file in Path(logs.__file__).parent.glob("*.py"):
+        for words in re.findall(r"extra=\{(.*?)\}", file.read_text(encoding="utf-8"), re.DOTALL):
+            extra |= set(re.findall(r'"(\w+)":', words))
+    record = logging.makeLogRecord(dict.fromkeys(extra, 1) | {"msg": "a"})
+    assert len(extra) > 5 and extra <= set(json.loads(logs.JsonLines().format(record)))
 
 
 def test_sampling_fields_of_requests_are_those_of_the_model() -> None:

@@ -8,7 +8,8 @@ import sys
 from time import gmtime, strftime
 from typing import Any
 
-_FIELDS = ("request_id", "method", "path", "status", "ms", "failures", "reason")
+_REQUEST = ("request_id", "method", "path", "status", "ms")
+_FIELDS = (*_REQUEST, "failures", "reason", "done", "of", "bytes")  # the last of captured steps
 
 
 class JsonLines(logging.Formatter):

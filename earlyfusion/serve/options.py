@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,7 @@ from earlyfusion.errors import SettingError
 
 MAX_HEAD_BYTES = 32_768  # of the line and the headers of a request
 MAX_REPLICAS = 64
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]+")
 DELIVERIES = ("images", "markdown", "both")
 
 
@@ -59,6 +61,18 @@ class ServeOptions:
             raise SettingError(f"step_timeout={self.step_timeout:g} is not possible: use above 0")
         if self.image_delivery not in DELIVERIES:
             raise SettingError.unknown("image_delivery", self.image_delivery, DELIVERIES)
+        for origin in self.cors_origins:
+            # With a path, even "/", it would equal no header `Origin` that a browser sends.
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise SettingError(
+                    f"cors_origin={origin[:60]!r} is not an origin: give a scheme and a host "
+                    "without a path, as http://page.example"
+                )
+        if self.public_url and not re.match(r"https?://[^/?#\s]", self.public_url):
+            raise SettingError(
+                f"public_url={self.public_url[:60]!r} is not an address: begin it with http:// or "
+                "https:// and a host"
+            )
         for key in self.api_keys:
             if not key.isascii() or not key.strip() or len(key) < 8:
                 raise SettingError("an API key has under 8 letters or others than ASCII: change it")
