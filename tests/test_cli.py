@@ -296,6 +296,16 @@ def user_texts(folder: str) -> list[str]:
     return [turn["content"][-1]["text"] for turn in saved_turns(folder) if turn["role"] == "user"]
 
 
+def test_a_line_that_is_not_utf_8_costs_itself(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = TextIOWrapper(BytesIO(b"Hell\xf6.\nHello.\n/save kept\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", lines)
+    result = run("chat", "--model", model, "--output", "text", "--max-tokens", 4)
+    assert result.code == 2 and "half a character" in result.err
+    assert result.err.count("\n") == 1 and user_texts("kept") == ["Hello."]
+
+
 def test_chat_mistake_in_a_pipe(chat: Chat) -> None:
     assert_refused(chat("/draw"), "/draw", "/image")
 
