@@ -77,6 +77,7 @@ class PromptReader:
         if isinstance(items, str):
             return [Message("user", items)]
         turns: list[Message] = []
+        called: list[bool] = []  # of each turn: whether all of it are images of calls
         for item in items:
             if isinstance(item, ItemReference):
                 turn = Message("assistant", self._counted(referenced[item.id]))
@@ -85,8 +86,8 @@ class PromptReader:
             is_call = not isinstance(item, InputMessage) and bool(turn.images)
             if turns and turns[-1].role == turn.role == "assistant":
                 turn = Message("assistant", [*turns.pop().parts, *turn.parts])
-            turns.append(turn)
                 is_call = called.pop() and is_call
+            turns.append(turn)
             called.append(is_call)
         return _with_called_images(turns, called)
 
@@ -251,7 +252,6 @@ class PromptReader:
         return self._named(part.image_url, part.file_id)
 
 
-def _stale() -> ApiError:
 def _with_called_images(turns: list[Message], called: Sequence[bool]) -> list[Message]:
     """The turns; images of calls that stand before the first or behind the last turn of the user,
     where no reply does, are in that turn, before its text. OpenAI's examples edit images so."""
@@ -262,6 +262,7 @@ def _with_called_images(turns: list[Message], called: Sequence[bool]) -> list[Me
     return turns
 
 
+def _stale() -> ApiError:
     return ApiError(
         400,
         "the address of an image is of another server, or of this one before it was started "
