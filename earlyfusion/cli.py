@@ -242,9 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if isinstance(
-        sys.stdin, TextIOWrapper
-    ):  # a chat tells of a line that is not UTF-8, and goes on
+    if isinstance(sys.stdin, TextIOWrapper):
+        # A chat reports a line that is not UTF-8, and continues.
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
         code = app(arguments, prog_name="earlyfusion", standalone_mode=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +91,7 @@ def answer(
 
 def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str, Any]:
     """A reply as a JSON object, its images as the paths that `path_of` gives."""
+    usage = reply.usage
     segments = [
         {"type": "text", "text": segment.text}
         if isinstance(segment, Text)
@@ -103,7 +103,13 @@ def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str
         "images": [segment["path"] for segment in segments if segment["type"] == "image"],
         "segments": segments,
         "finish_reason": reply.finish_reason,
-        "usage": asdict(reply.usage) | {"total_tokens": reply.usage.total_tokens},
+        # Without the cached tokens, which depend on what ran before.
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "image_tokens": usage.image_tokens,
+            "total_tokens": usage.total_tokens,
+        },
     }
 
 

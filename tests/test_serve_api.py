@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -54,6 +55,45 @@ def same(image_a: Any, image_b: Any) -> bool:
 
 
 # --- chat ---
+
+
+def test_usage_counts_tokens_that_the_cache_held(client: openai.OpenAI, server: Running) -> None:
+    prompt: Any = user(image(data_url()), text("What is this, and where was it counted?"))
+
+    def usage(n: int = 1) -> Any:
+        reply = client.chat.completions.create(
+            model="mini", messages=prompt, modalities=["text"], max_tokens=2, n=n
+        )
+        assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+        return reply.usage
+
+    first, second, third = usage(), usage(), usage(n=2)
+    tokens = first.prompt_tokens
+    assert first.prompt_tokens_details.cached_tokens < tokens - 1
+    # All but the last token, whose logits are needed.
+    assert second.prompt_tokens_details.cached_tokens == tokens - 1
+    assert third.prompt_tokens_details.cached_tokens == tokens - 1
+    assert third.prompt_tokens == tokens
+    prompt = user("Do tokens count as cached that only the other choice has read? " * 5)
+    two = usage(n=2)
+    assert two.prompt_tokens_details.cached_tokens < two.prompt_tokens - 1
+    reply = client.responses.create(model="mini", input="Was it counted here?", max_output_tokens=1)
+    again = client.responses.create(model="mini", input="Was it counted here?", max_output_tokens=1)
+    assert reply.usage is not None and again.usage is not None
+    assert again.usage.input_tokens_details.cached_tokens == reply.usage.input_tokens - 1
+    texts = ["Was it counted, too?", "And was this one?", "And was this one?"]
+    asked: Any = {"model": "mini", "prompt": texts, "max_tokens": 1, "n": 2}
+    client.completions.create(**asked)
+    whole = client.completions.create(**asked).usage
+    *_, last = client.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    for read in (whole, last.usage):
+        assert read is not None and read.prompt_tokens_details is not None
+        assert read.prompt_tokens_details.cached_tokens == read.prompt_tokens - 3
+    counted = httpx.get(f"{server.url}/metrics").text
+    hits = re.search(r"prefix_cache_hits_total{.*} (\d+)", counted)
+    assert hits is not None and float(hits[1]) >= 3 * tokens
 
 
 def test_an_image_in(client: openai.OpenAI, model: Chameleon) -> None:

@@ -31,7 +31,8 @@ class Branch:
     """One condition of a request: `tokens` to read, the first `num_read` of which are in `blocks`.
     `keys` are the hashes of its full blocks. `adapter` names the weights that read it, "" for the
     model's own. `partial_end` is the end, in tokens, of the block that it is filling, if the pool
-    has registered that block."""
+    has registered that block. `num_cached` is the number of tokens that the cache already held when
+    the branch first got blocks; None before."""
 
     tokens: list[int]
     blocks: array[int] = field(default_factory=lambda: array("q"))
@@ -39,6 +40,7 @@ class Branch:
     keys: list[bytes] = field(default_factory=list)
     adapter: str = ""
     partial_end: int = 0
+    num_cached: int | None = None
 
     @property
     def pending(self) -> int:

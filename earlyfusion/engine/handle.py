@@ -210,7 +210,7 @@ class Handle:
     def _finish(self) -> None:
         if not self.finished:
             self.finished = True
-            self.events += self._event_builder.finish()
+            self.events += self._event_builder.finish(self.branches[0].num_cached or 0)
 
     def _open_branches(self) -> None:
         full, history = self.branches[0], self.branches[0].tokens

@@ -275,6 +275,8 @@ class Scheduler:
             copied = self.pool.extend(branch, self._size(entry, branch))
             if copied is not None:
                 plan.copies.append(copied)
+            if branch.num_cached is None:
+                branch.num_cached = branch.num_read
 
     def _preempt(self, entry: Entry) -> None:
         self.preemptions += 1

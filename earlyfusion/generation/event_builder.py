@@ -125,14 +125,15 @@ class EventBuilder:
             events += self._deltas(self._text.push(token))
         return events
 
-    def finish(self) -> list[Event]:
-        """The rest of the text, then `Finished`."""
+    def finish(self, cached_tokens: int = 0) -> list[Event]:
+        """The rest of the text, then `Finished`. The cache already held `cached_tokens` tokens of
+        the prompt."""
         complete = self._request.output == "image" and self._images == self._request.max_images
         rest = self._deltas(self._text.flush())
         reason: Reason = "stop" if self.ended or complete else "length"
         tokens_per_image = self._grammar_state.grammar.image_tokens
         image_tokens = self._images * tokens_per_image + len(self._image_tokens)
-        usage = Usage(len(self._request.ids), self._num_tokens, image_tokens)
+        usage = Usage(len(self._request.ids), self._num_tokens, image_tokens, cached_tokens)
         seed, last = self._request.sampling.seed, self._request.ids[-1]
         # A prompt that does not end a turn ends with the beginning of the reply.
         continues = last != self._vocabulary.end_of_turn

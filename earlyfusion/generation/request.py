@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -41,11 +41,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Numbers of tokens; `image_tokens` are the completion's tokens that spell images."""
+    """Numbers of tokens. `image_tokens` are the completion's tokens that spell images;
+    `cached_tokens` those of the prompt that the engine's cache already held, which depends on
+    earlier requests and so is not compared."""
 
     prompt_tokens: int
     completion_tokens: int
     image_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
 
     @property
     def total_tokens(self) -> int:

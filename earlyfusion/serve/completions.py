@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from time import time
 from typing import Any
 
@@ -40,14 +40,15 @@ class CompletionReply:
         """The reply in one piece."""
         replies = await self._prepared.batch.collect(self._service.options.timeout)
         choices = [self._whole_choice(i, events) for i, events in enumerate(replies)]
-        usages = [e.usage for events in replies for e in events if isinstance(e, Finished)]
+        ends = (e for events in replies for e in events if isinstance(e, Finished))
+        usages = dict(enumerate(end.usage for end in ends))
         return self._envelope(choices) | {"usage": self._usage(usages)}
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The same in pieces, then [DONE]."""
         options = self._service.options
         choices = [_Choice(self._service) for _ in self._prepared.batch.requests]
-        usages: list[Usage] = []
+        usages: dict[int, Usage] = {}
         async for news in self._prepared.batch.events(options.keepalive, options.timeout):
             if news is None:
                 yield KEEPALIVE
@@ -55,8 +56,9 @@ class CompletionReply:
             index, event = news
             text = choices[index].text(event)
             end = event if isinstance(event, Finished) else None
+            if end is not None:
+                usages[index] = end.usage
             if text or end is not None:
-                usages += [] if end is None else [end.usage]
                 yield sse(self._envelope([self._choice(index, text, choices[index], end)]))
         wanted = self._body.stream_options
         if wanted is not None and wanted.include_usage:
@@ -81,8 +83,10 @@ class CompletionReply:
         head = {"id": self._id, "object": "text_completion", "created": self._created}
         return head | {"model": name, "choices": choices}
 
-    def _usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
-        return chat_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, usages)
+    def _usage(self, usages: Mapping[int, Usage]) -> dict[str, Any]:
+        """The usage of all choices, by their indices."""
+        read = self._prepared.prompt_tokens, self._prepared.prompt_images
+        return chat_usage(*read, [usages[i] for i in sorted(usages)], len(usages) // self._body.n)
 
 
 class _Choice:

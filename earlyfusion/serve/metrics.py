@@ -68,6 +68,8 @@ class Metrics:
             lambda: driver.silent_seconds
         )
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self.cache_queries = counter("prefix_cache_queries", "Tokens of prompts looked up.")
+        self.cache_hits = counter("prefix_cache_hits", "Tokens of prompts that the cache held.")
         self.generation_tokens = counter("generation_tokens", "Tokens of replies.")
         self.images_started = counter("images_started", "Images begun.")
         self.images_done = counter("images_done", "Images generated.")
@@ -113,6 +115,8 @@ class Metrics:
             self._of(self.image, name).observe(now - batch.image_since[index])
         if isinstance(event, Finished):
             self._of(self.prompt_tokens, name).inc(event.usage.prompt_tokens)
+            self._of(self.cache_queries, name).inc(event.usage.prompt_tokens)
+            self._of(self.cache_hits, name).inc(event.usage.cached_tokens)
             self._of(self.generation_tokens, name).inc(event.usage.completion_tokens)
             self._of(self.whole, name).observe(now - batch.admitted)
             self._of(self._success, name, event.reason).inc()

@@ -176,25 +176,37 @@ def image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
     return count
 
 
-def chat_usage(prompt_tokens: int, prompt_images: int, usages: Sequence[Usage]) -> dict[str, Any]:
-    """Usage by modality; several choices of one prompt read it once."""
+def chat_usage(
+    prompt_tokens: int, prompt_images: int, usages: Sequence[Usage], prompts: int = 1
+) -> dict[str, Any]:
+    """Usage by modality; several choices of one prompt read it once. The choices of each of the
+    `prompts` follow one another in `usages`."""
     done = sum(usage.completion_tokens for usage in usages)
     image_tokens = sum(usage.image_tokens for usage in usages)
+    cached = {"cached_tokens": cached_tokens(usages, prompts)}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": done,
         "total_tokens": prompt_tokens + done,
-        "prompt_tokens_details": _by_modality(prompt_tokens, prompt_images),
+        "prompt_tokens_details": _by_modality(prompt_tokens, prompt_images) | cached,
         "completion_tokens_details": _by_modality(done, image_tokens),
     }
 
 
+def cached_tokens(usages: Sequence[Usage], prompts: int = 1) -> int:
+    """Tokens of prompts that the cache held before. The first choice of a prompt to run reads what
+    it did not hold; the others find that, too."""
+    choices = max(len(usages) // prompts, 1)
+    first = range(0, len(usages), choices)
+    return sum(min(u.cached_tokens for u in usages[start : start + choices]) for start in first)
+
+
 def image_usage(prompt_tokens: int, prompt_images: int, usages: Sequence[Usage]) -> dict[str, Any]:
-    """The same under the names of the Images and Responses APIs."""
+    """The same under the names of the Images and Responses APIs, without cached tokens."""
     chat = chat_usage(prompt_tokens, prompt_images, usages)
     return {
         "input_tokens": chat["prompt_tokens"],
-        "input_tokens_details": chat["prompt_tokens_details"],
+        "input_tokens_details": _by_modality(prompt_tokens, prompt_images),
         "output_tokens": chat["completion_tokens"],
         "output_tokens_details": chat["completion_tokens_details"],
         "total_tokens": chat["total_tokens"],

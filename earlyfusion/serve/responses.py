@@ -24,7 +24,14 @@ from earlyfusion.generation.settings import Output
 from earlyfusion.serve.errors import ApiError, reported
 from earlyfusion.serve.image_io import packed
 from earlyfusion.serve.protocol import ImageTool, ItemReference, ResponseRequest
-from earlyfusion.serve.replies import KEEPALIVE, Trimmer, image_usage, logprob_entry, sse
+from earlyfusion.serve.replies import (
+    KEEPALIVE,
+    Trimmer,
+    cached_tokens,
+    image_usage,
+    logprob_entry,
+    sse,
+)
 from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import Conversation, new_key
 
@@ -331,8 +338,9 @@ class ResponseReply:
 
     def _usage(self, end: Finished) -> Json:
         usage = image_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, [end.usage])
-        # OpenAI's SDK expects these fields; here they have no meaning.
-        usage["input_tokens_details"] |= {"cached_tokens": 0, "cache_write_tokens": 0}
+        cached = cached_tokens([end.usage])
+        # OpenAI's SDK expects the other two fields; here they have no meaning.
+        usage["input_tokens_details"] |= {"cached_tokens": cached, "cache_write_tokens": 0}
         usage["output_tokens_details"] |= {"reasoning_tokens": 0}
         return usage
 
