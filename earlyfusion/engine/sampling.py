@@ -249,7 +249,7 @@ class TokenSampler:
         numbers = ([index_of[mix[i]] for mix in rows_of_positions] for i in range(3))
         full, image_only, unconditional = (logits_RV[of_condition] for of_condition in numbers)
         weights = [handle.guidance for handle in handles for _ in range(handle.positions)]
-        weights_2B = torch.tensor([*zip(*weights, strict=True)])
+        weights_2B = torch.tensor([*zip(*weights, strict=True)], dtype=torch.float32)
         text_B1, image_B1 = weights_2B.to(self._device)[..., None]
         return guidance.combine(full, image_only, unconditional, text_B1, image_B1)
 

@@ -43,7 +43,7 @@ def pack(weight_OI: Tensor, bits: int) -> PackedMatrix:
     if weight_OI.dtype == _DENSE_DTYPES.get(bits) and rows % 4 == columns % 64 == 0:
         return PackedMatrix(weight_OI.detach().contiguous(), None, bits, rows, columns)
     padded = (-(-rows // 4) * 4, -(-columns // 64) * 64)
-    full = torch.zeros(padded, device=weight_OI.device)
+    full = torch.zeros(padded, dtype=torch.float32, device=weight_OI.device)
     full[:rows, :columns] = weight_OI.detach().float()
     if bits == 32:
         return PackedMatrix(full, None, bits, rows, columns)
