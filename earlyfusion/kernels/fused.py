@@ -206,8 +206,9 @@ class _RMSNorm(torch.autograd.Function):
             _run("earlyfusion_rms_norm_backward", x, weight, inverse, grad, *sizes, *results)
             return *results, None, None
         normed, grad = x * inverse, grads[0].float()
-        rows = (grad * normed).reshape(-1, x.shape[-1])
-        grad_weight = rows.sum(0) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
         grad = grad * weight
         along = torch.linalg.vecdot(grad, normed).div_(x.shape[-1])[..., None]
         return grad.sub_(normed.mul_(along)).mul_(inverse), grad_weight, None, None

@@ -183,7 +183,7 @@ def chat_usage(
     `prompts` follow one another in `usages`."""
     done = sum(usage.completion_tokens for usage in usages)
     image_tokens = sum(usage.image_tokens for usage in usages)
-    cached = {"cached_tokens": cached_tokens(usages, prompts)}
+    cached = {"cached_tokens": _cached_tokens(usages, prompts)}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": done,
@@ -193,7 +193,7 @@ def chat_usage(
     }
 
 
-def cached_tokens(usages: Sequence[Usage], prompts: int = 1) -> int:
+def _cached_tokens(usages: Sequence[Usage], prompts: int) -> int:
     """Tokens of prompts that the cache held before. The first choice of a prompt to run reads what
     it did not hold; the others find that, too."""
     choices = max(len(usages) // prompts, 1)

@@ -24,14 +24,7 @@ from earlyfusion.generation.settings import Output
 from earlyfusion.serve.errors import ApiError, reported
 from earlyfusion.serve.image_io import packed
 from earlyfusion.serve.protocol import ImageTool, ItemReference, ResponseRequest
-from earlyfusion.serve.replies import (
-    KEEPALIVE,
-    Trimmer,
-    cached_tokens,
-    image_usage,
-    logprob_entry,
-    sse,
-)
+from earlyfusion.serve.replies import KEEPALIVE, Trimmer, image_usage, logprob_entry, sse
 from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import Conversation, new_key
 
@@ -338,7 +331,7 @@ class ResponseReply:
 
     def _usage(self, end: Finished) -> Json:
         usage = image_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, [end.usage])
-        cached = cached_tokens([end.usage])
+        cached = end.usage.cached_tokens
         # OpenAI's SDK expects the other two fields; here they have no meaning.
         usage["input_tokens_details"] |= {"cached_tokens": cached, "cache_write_tokens": 0}
         usage["output_tokens_details"] |= {"reasoning_tokens": 0}
