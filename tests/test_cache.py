@@ -167,7 +167,9 @@ def test_fp8_is_near_the_whole_cache_in_both_kinds_of_steps(
 def test_fp8_keeps_what_it_can_and_is_refused_elsewhere(
     transformer: Transformer, processor: Processor, device: torch.device
 ) -> None:
-    kept = decode.kept_as(torch.tensor([1e4, -1e4, 448.0, 0.3, math.nan]), decode.FP8).float()
+    kept = decode.to_cache_dtype(
+        torch.tensor([1e4, -1e4, 448.0, 0.3, math.nan]), decode.FP8
+    ).float()
     assert kept[:3].tolist() == [448.0, -448.0, 448.0] and kept[4].isnan()
     assert kept[3] == pytest.approx(0.3, rel=1 / 16)
     if not cache.has_fp8(device):

@@ -356,7 +356,9 @@ def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch
     actual: dict[int, list[torch.Tensor]] = {}
     with torch.inference_mode():
         for width in (4, 1, 3, 1, 1, 99):
-            pieces = [Piece(b, b.num_read, min(width, b.pending)) for b in branches if b.pending]
+            pieces = [
+                Piece(b, b.num_computed, min(width, b.pending)) for b in branches if b.pending
+            ]
             step = Step(pieces)
             x_TD = transformer.model.norm(fused.run_layers(step))
             rows = x_TD.split([piece.size for piece in step.pieces])
@@ -364,7 +366,7 @@ def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch
                 actual.setdefault(id(piece.branch), []).append(
                     states @ transformer.lm_head.weight.T
                 )
-                piece.branch.num_read = piece.end
+                piece.branch.num_computed = piece.end
         for branch in branches:
             expected = transformer(torch.tensor([branch.tokens], device=device))[0]
             assert_close(torch.cat(actual[id(branch)]), expected, atol=1e-5, rtol=1e-5)

@@ -83,7 +83,7 @@ def test_each_back_end_is_measured_by_name(rehearsal: tuple[Path, str]) -> None:
     result = json.loads((rehearsal[0] / "results.json").read_text())["parts"]
     (rows,) = [part["rows"] for part in result if part["part"] == "backends"]
     kinds = {row["note"] for row in rows}
-    assert {"torch is FusedTransformer", "modules is CalledTransformer"} <= kinds
+    assert {"torch is FusedTransformer", "modules is ModuleTransformer"} <= kinds
     assert all(len(row["values"]) == 1 for row in rows)
 
 

@@ -123,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             right = list(entry.drafts[:-1])
             for branch in entry.branches:
                 branch.tokens += [*right, token]
-                branch.num_read += len(right)
+                branch.num_computed += len(right)
             entry.reserve = max(0, entry.reserve - len(right) - 1)
             self._end_if_too_long(entry)
         return plan
@@ -168,10 +168,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def only_full_blocks_are_shared(self) -> None:
         for branch in (branch for entry in self.alive for branch in entry.branches):
             for number, block in enumerate(branch.blocks):
-                full = branch.num_read >= (number + 1) * SIZE
+                full = branch.num_computed >= (number + 1) * SIZE
                 assert self.pool.references[block] == 1 or full
-            read = branch.tokens[: branch.num_read]
-            assert self._held(branch, branch.num_read) == histories(read)
+            read = branch.tokens[: branch.num_computed]
+            assert self._held(branch, branch.num_computed) == histories(read)
 
     @invariant()
     def blocks_hold_what_they_are_said_to_hold(self) -> None:
@@ -196,7 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(queued) == len(self.alive) and set(queued) == self.alive
         assert len(self.scheduler.running) <= MOST
         waiting = [branch for entry in self.scheduler.waiting for branch in entry.branches]
-        assert all(not branch.blocks and not branch.num_read for branch in waiting)
+        assert all(not branch.blocks and not branch.num_computed for branch in waiting)
 
     def teardown(self) -> None:
         """Left alone, every request gets its turn and ends; then nothing is held."""
@@ -415,7 +415,7 @@ def started(pool: BlockPool, tokens: list[int], read: int) -> tuple[Branch, Copy
     branch = Branch(tokens)
     pool.attach(branch, pool.find_prefix(tokens))
     copied = pool.extend(branch, len(tokens))
-    pool.mark_read(branch, max(0, read - branch.num_read))
+    pool.mark_computed(branch, max(0, read - branch.num_computed))
     return branch, copied
 
 
@@ -425,22 +425,24 @@ def test_a_prompt_that_begins_like_another_shares_its_blocks() -> None:
     assert copied is None and list(first.blocks) == [0, 1, 2]
     # Two whole blocks are shared; of the third, one token is copied.
     other, copied = started(pool, [*range(9), 99, 98, 97, 96], 0)
-    assert list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3, 1) and other.num_read == 9
+    assert (
+        list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3, 1) and other.num_computed == 9
+    )
     # The same prompt again: its last token is read anew, for the logits.
     second, copied = started(pool, list(range(8)), 0)
-    assert list(second.blocks) == [0, 5] and copied == Copy(1, 5, 3) and second.num_read == 7
+    assert list(second.blocks) == [0, 5] and copied == Copy(1, 5, 3) and second.num_computed == 7
     for branch in (first, other, second):
         pool.release(branch)
     assert pool.free == 9
     last, copied = started(pool, list(range(11)), 0)
-    assert list(last.blocks[:2]) == [0, 1] and copied is not None and last.num_read == 10
+    assert list(last.blocks[:2]) == [0, 1] and copied is not None and last.num_computed == 10
 
 
 def test_equal_tokens_behind_other_ones_are_not_shared() -> None:
     pool = BlockPool(8, 2)
     started(pool, [1, 2, 5, 6, 7], 5)
     other, copied = started(pool, [3, 4, 5, 6, 7], 0)
-    assert other.num_read == 0 and copied is None
+    assert other.num_computed == 0 and copied is None
 
 
 def test_the_least_recently_read_blocks_go_first_and_ends_before_beginnings() -> None:
@@ -459,7 +461,7 @@ def test_a_block_to_copy_is_reused_in_place_if_it_is_the_next_free_one() -> None
     first, _ = started(pool, [1, 2], 2)
     pool.release(first)
     second, copied = started(pool, [1, 2, 3], 0)
-    assert copied is None and second.num_read == 2 and list(second.blocks) == [0]
+    assert copied is None and second.num_computed == 2 and list(second.blocks) == [0]
     assert pool.content(0) == [1, 2]
 
 
@@ -470,7 +472,7 @@ def test_blocks_read_only_by_a_failed_request_are_not_shared() -> None:
     alone = list(failed.blocks[1:])
     assert pool.drop(failed) == alone and pool.free == 4
     assert len(pool.find_prefix([1, 2, 7, 8, 9]).blocks) == 1
-    assert neighbour.num_read == 3 and pool.content(0) == [1, 2]
+    assert neighbour.num_computed == 3 and pool.content(0) == [1, 2]
 
 
 def test_without_sharing_every_prompt_is_read_whole() -> None:
@@ -478,7 +480,7 @@ def test_without_sharing_every_prompt_is_read_whole() -> None:
     pool.prefix_caching = False
     running, _ = started(pool, [1, 2, 3], 3)
     other, copied = started(pool, [1, 2, 3, 4], 0)
-    assert other.num_read == 0 and copied is None
+    assert other.num_computed == 0 and copied is None
     pool.release(running)
     assert pool.find_prefix([1, 2, 3]).blocks == []
 
@@ -489,7 +491,7 @@ def test_forgotten_blocks_give_nothing_back() -> None:
     pool.release(branch)
     pool.forget_all()
     second, copied = started(pool, [1, 2, 3], 0)
-    assert second.num_read == 0 and copied is None and pool.free == 2
+    assert second.num_computed == 0 and copied is None and pool.free == 2
 
 
 def test_impossible_sizes() -> None:

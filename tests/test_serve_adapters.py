@@ -23,7 +23,7 @@ from earlyfusion.cli import main
 from earlyfusion.engine import runner
 from earlyfusion.engine.backends import cpu
 from earlyfusion.engine.backends import torch as torch_backend
-from earlyfusion.engine.backends.adapters import ByAdapter
+from earlyfusion.engine.backends.adapters import MultiAdapter
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.static.bursts import Bursts
@@ -189,7 +189,7 @@ def test_only_changed_layers_take_memory(base: Path, folders: dict[str, Path]) -
     layers = len(model.transformer.model.layers)
     assert len(new["one"]) == 7 * layers and len(new["two"]) == layers
     assert all("v_proj" in name for name in new["two"])
-    assert isinstance(model.engine.runner.backend, ByAdapter)
+    assert isinstance(model.engine.runner.backend, MultiAdapter)
 
 
 def test_generate_takes_the_name(base: Path, folders: dict[str, Path]) -> None:

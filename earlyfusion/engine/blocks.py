@@ -1,5 +1,5 @@
-"""Blocks of the paged cache: which branches use them, what they hold, which is evicted next. No
-tensors here.
+"""The block pool of the paged KV cache, with prefix caching: which branches use a block, which
+tokens it holds, which block is evicted next. No tensors here.
 
 The keys and values of a branch lie in blocks of `size` tokens, listed in its block table. A full
 block never changes, so any number of branches may share it; a partial block belongs to one branch.
@@ -23,20 +23,21 @@ from earlyfusion.errors import SettingError
 BLOCK_SIZE = 32
 """Tokens per block. The compiled step reads sixteen at a time, so it is a multiple of sixteen."""
 
-_MAX_CANDIDATES = 64  # blocks compared behind one prefix, the newest first
+_MAX_CANDIDATES = 64  # cached blocks with one parent that are compared, the newest first
 
 
 @dataclass(eq=False)
 class Branch:
-    """One condition of a request: `tokens` to read, the first `num_read` of which are in `blocks`.
-    `keys` are the hashes of its full blocks. `adapter` names the weights that read it, "" for the
-    model's own. `partial_end` is the end, in tokens, of the block that it is filling, if the pool
-    has registered that block. `num_cached` is the number of tokens that the cache already held when
-    the branch first got blocks; None before."""
+    """One token sequence that the model reads for a request: its prompt and reply, or a condition
+    of guidance. `blocks` (the block table) hold keys and values of the first `num_computed` of its
+    `tokens`. `keys` are the hashes of its full blocks. `adapter` names the weights that it is read
+    with, "" for the model's own. `partial_end` is the end, in tokens, of the block that it is
+    filling, if the pool has registered that block. `num_cached` is the number of tokens that the
+    cache already held when the branch first got blocks; None before."""
 
     tokens: list[int]
     blocks: array[int] = field(default_factory=lambda: array("q"))
-    num_read: int = 0
+    num_computed: int = 0
     keys: list[bytes] = field(default_factory=list)
     adapter: str = ""
     partial_end: int = 0
@@ -44,7 +45,8 @@ class Branch:
 
     @property
     def pending(self) -> int:
-        return len(self.tokens) - self.num_read
+        """The number of tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.num_computed
 
     @property
     def parent(self) -> bytes:
@@ -69,9 +71,9 @@ class Prefix(NamedTuple):
 
 @dataclass(eq=False)
 class _Content:
-    """The tokens of a block behind the prefix `parent`. A full block has a `key`. A partial block
-    that a `branch` is filling holds that branch's tokens from `start` on, any other block its
-    `kept_tokens`."""
+    """The tokens of a block, which follow the prefix with the key `parent`. A full block has a
+    `key` too. A partial block that a `branch` is filling holds that branch's tokens from `start`
+    on, any other block its `kept_tokens`."""
 
     parent: bytes
     branch: Branch | None
@@ -82,7 +84,7 @@ class _Content:
     def tokens(self, size: int) -> list[int]:
         if self.branch is None:
             return self.kept_tokens
-        return self.branch.tokens[self.start : min(self.branch.num_read, self.start + size)]
+        return self.branch.tokens[self.start : min(self.branch.num_computed, self.start + size)]
 
 
 class BlockPool:
@@ -92,10 +94,10 @@ class BlockPool:
         if number < 1 or size < 1:
             raise SettingError(f"{number} blocks of {size} tokens: at least 1 of 1 is needed")
         self.size, self.prefix_caching = size, True
-        self.references = [0] * number
+        self.references = [0] * number  # branches that use each block
         self._empty = list(range(number - 1, -1, -1))  # the last one is taken first
         # Dicts without values serve as ordered sets.
-        self._cached: dict[int, None] = {}  # unread blocks with content, least recently read first
+        self._cached: dict[int, None] = {}  # unused blocks with content, least recently used first
         self._content: list[_Content | None] = [None] * number
         self._by_key: dict[bytes, int] = {}
         self._children: dict[bytes, dict[int, None]] = {}  # blocks with content, by their parent
@@ -118,7 +120,7 @@ class BlockPool:
 
     def find_prefix(self, tokens: list[int], adapter: str = "") -> Prefix:
         """The full blocks that the cache holds of a prompt. The prompt's last token is never among
-        them: it must be read to get the logits behind it."""
+        them: it must be computed again to get the logits of the next token."""
         prefix = Prefix([], [])
         while self.prefix_caching and (end := (len(prefix.blocks) + 1) * self.size) < len(tokens):
             parent = prefix.keys[-1] if prefix.keys else _root_key(adapter)
@@ -134,36 +136,36 @@ class BlockPool:
         return len({b for prefix in prefixes for b in prefix.blocks if not self.references[b]})
 
     def attach(self, branch: Branch, prefix: Prefix) -> None:
-        """Let a branch without blocks share those of a prefix; their tokens count as read."""
+        """Let a branch without blocks share those of a prefix; their tokens count as computed."""
         for block in prefix.blocks:
             self._cached.pop(block, None)
             self.references[block] += 1
         branch.blocks.extend(prefix.blocks)
         branch.keys += prefix.keys
-        branch.num_read = len(prefix.blocks) * self.size
+        branch.num_computed = len(prefix.blocks) * self.size
 
     def extend(self, branch: Branch, tokens: int) -> Copy | None:
-        """Give a branch new blocks until it has room for this number of tokens. If it has read
-        exactly its full blocks, its next tokens are compared with the cached blocks behind the same
-        prefix, and the part that the best match has in common is to be copied into the first new
-        block."""
+        """Give a branch new blocks until it has room for this number of tokens. If all its blocks
+        are full, its next tokens are compared with the cached blocks that follow the same prefix,
+        and the returned copy takes the beginning that the best match has in common into the first
+        new block."""
         number = len(branch.blocks)
         source, shared = None, 0
-        if self.prefix_caching and branch.num_read == number * self.size:
+        if self.prefix_caching and branch.num_computed == number * self.size:
             source, shared = self._longest_match(branch)
         while len(branch.blocks) < self.blocks_for(tokens):
             branch.blocks.append(self._allocate())
         if source is None:
             return None
-        branch.num_read += shared
+        branch.num_computed += shared
         self._register_partial(branch)
         target = branch.blocks[number]
         # If the source itself was allocated as the new block, nothing needs to be copied.
         return None if source == target else Copy(source, target, shared)
 
-    def mark_read(self, branch: Branch, number: int) -> None:
-        """Count the branch's next tokens as read."""
-        branch.num_read += number
+    def mark_computed(self, branch: Branch, number: int) -> None:
+        """Count the branch's next tokens as computed."""
+        branch.num_computed += number
         if self.prefix_caching:
             self._register(branch)
 
@@ -177,14 +179,14 @@ class BlockPool:
             if self.references[block] == 0:
                 self._free(block)
         del branch.blocks[:]
-        branch.keys, branch.num_read, branch.partial_end = [], 0, 0
+        branch.keys, branch.num_computed, branch.partial_end = [], 0, 0
 
     def drop(self, branch: Branch) -> list[int]:
         """Release a branch and forget the content of the blocks that only it uses. Returns them."""
         exclusive = [block for block in branch.blocks if self.references[block] == 1]
         for block in exclusive:
             self._unregister(block)
-        branch.keys, branch.num_read = [], 0
+        branch.keys, branch.num_computed = [], 0
         self.release(branch)
         return exclusive
 
@@ -219,14 +221,14 @@ class BlockPool:
     def _register(self, branch: Branch) -> None:
         """Register the new full blocks of a branch, and the partial one."""
         size = self.size
-        while (end := (len(branch.keys) + 1) * size) <= branch.num_read:
+        while (end := (len(branch.keys) + 1) * size) <= branch.num_computed:
             number = len(branch.keys)
             parent = branch.parent
             tokens = branch.tokens[end - size : end]
             key = _key(parent, tokens)
             branch.keys.append(key)
             self._register_full(branch.blocks[number], parent, key, tokens)
-        if branch.num_read % size:
+        if branch.num_computed % size:
             self._register_partial(branch)
 
     def _register_full(self, block: int, parent: bytes, key: bytes, tokens: list[int]) -> None:
@@ -238,7 +240,7 @@ class BlockPool:
             self._children.setdefault(parent, {})[block] = None
 
     def _register_partial(self, branch: Branch) -> None:
-        number = branch.num_read // self.size
+        number = branch.num_computed // self.size
         branch.partial_end = (number + 1) * self.size
         block = branch.blocks[number]
         content = self._content[block]
@@ -278,7 +280,7 @@ def _root_key(adapter: str) -> bytes:
 
 
 def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """A hash of a full block and of all before it: 128 bits, so that no two are alike."""
+    """A hash of a full block and of everything before it; 128 bits make collisions negligible."""
     return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
 
 

@@ -1,9 +1,10 @@
-"""The engine's keys and values: blocks of tokens, each holding those of all layers. Their dtype is
-the model's or a smaller one: bf16; int8 with one fp32 scale per token and head, separately for keys
-and values; or fp8 (e4m3), without scales, on GPUs that compute with it."""
+"""The engine's paged KV cache: a block holds the keys and values of BLOCK_SIZE tokens in all
+layers. Their dtype is the model's unless another is chosen: fp32; bf16; int8 with one fp32 scale
+per token and head, separately for keys and values; or fp8 (e4m3), without scales, on GPUs that
+compute with it."""
 
 # Shapes: B blocks, L layers, K key and value heads, S tokens of a block, H head width, T new
-# tokens, R rows that look back, P positions.
+# tokens, R rows, N blocks of a row's table, P positions.
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from earlyfusion.config import ModelConfig
 from earlyfusion.devices import dtype_name, free_bytes, is_out_of_memory
 from earlyfusion.engine.blocks import BLOCK_SIZE, Copy
 from earlyfusion.errors import SettingError
-from earlyfusion.kernels.decode import FP8, kept_as
+from earlyfusion.kernels.decode import FP8, to_cache_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": FP8}
 """dtypes of keys and values, besides the model's own."""
@@ -29,9 +30,10 @@ MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """The share of the free memory that the cache takes where no size is given, by type of device."""
 
 MAX_CONTEXTS = 64
-"""Sequences as long as the context for which a cache of the default size has room at most."""
+"""A cache of the default size has room for at most this many sequences of full context length."""
 
 LONG_CONTEXT = 4096
+"""Up to this context length a default cache has its minimum size even if memory is short."""
 
 
 class LayerCache(NamedTuple):
@@ -46,7 +48,9 @@ class LayerCache(NamedTuple):
             if self.scales_B2KS is not None:
                 new_TKH, scales_TK = _int8(new_TKH)
                 self.scales_B2KS[blocks_T, number, :, offsets_T] = scales_TK
-            self.kv_B2KSH[blocks_T, number, :, offsets_T] = kept_as(new_TKH, self.kv_B2KSH.dtype)
+            self.kv_B2KSH[blocks_T, number, :, offsets_T] = to_cache_dtype(
+                new_TKH, self.kv_B2KSH.dtype
+            )
 
     def read(self, blocks_RN: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The first `end` keys and values [R, K, P, H] of block tables [R, N]."""
@@ -83,11 +87,13 @@ class PagedCache:
         self.layers = [self._layer(number) for number in range(layers)]
 
     def copy(self, copied: Copy) -> None:
+        """Copy the first tokens of one block to another, in all layers."""
         tokens = slice(copied.tokens)
         for tensor in self._tensors():
             tensor[copied.target, :, :, :, tokens] = tensor[copied.source, :, :, :, tokens]
 
     def clear(self, blocks: Iterable[int]) -> None:
+        """Fill these blocks with zeros."""
         for tensor in self._tensors():
             for block in blocks:
                 tensor[block] = 0
@@ -101,6 +107,7 @@ class PagedCache:
 
     @staticmethod
     def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        """The bytes that one token takes in all layers."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         vector = config.head_dim * dtype.itemsize + scale
         return 2 * config.num_hidden_layers * config.kv_heads * vector
@@ -154,20 +161,24 @@ def cache_size(
     budget: int | None = None,
     reserved: int = 0,
 ) -> CacheSize:
-    """The cache that fits into `budget` bytes, or into a share of the free memory less `reserved`
-    bytes (a quarter on a CPU, 80% on a GPU). Without a budget it has room for at least the three
-    branches of a guided image at full context, unless a context of over LONG_CONTEXT tokens is more
-    than memory holds, and for at most MAX_CONTEXTS contexts. Raises `SettingError` if a budget
-    holds no block."""
+    """The size of the cache.
+
+    With a `budget`: the blocks that fit into this many bytes; `SettingError` if none does.
+
+    Without: the blocks that fit into a share (MEMORY_SHARE) of the free memory less `reserved`
+    bytes, but at most MAX_CONTEXTS contexts and at least three, one per branch of a guided image.
+    If the context is longer than LONG_CONTEXT tokens and three do not fit, the minimum is as many
+    blocks as fit, but not less than three contexts of LONG_CONTEXT tokens.
+    """
     block_bytes = BLOCK_SIZE * token_bytes
-    context = -(-context_tokens // BLOCK_SIZE)
+    context_blocks = -(-context_tokens // BLOCK_SIZE)
     if budget is None:
         left = max(free_bytes(device) - reserved, 0)
         share = int(MEMORY_SHARE.get(device.type, 0.25) * left) // block_bytes
         # A CPU's memory is only taken as blocks are used.
         fitting = left // block_bytes if device.type == "cpu" else share
-        least = min(3 * context, max(fitting, 3 * LONG_CONTEXT // BLOCK_SIZE))
-        return CacheSize(max(least, min(share, MAX_CONTEXTS * context)), block_bytes)
+        least = min(3 * context_blocks, max(fitting, 3 * LONG_CONTEXT // BLOCK_SIZE))
+        return CacheSize(max(least, min(share, MAX_CONTEXTS * context_blocks)), block_bytes)
     if budget < block_bytes:
         raise SettingError(
             f"cache_bytes={budget:,} holds no block of {BLOCK_SIZE} tokens: "
@@ -177,7 +188,8 @@ def cache_size(
 
 
 def _int8(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels and scales: symmetric, rounded to nearest, the largest entry becomes 127 or -127."""
+    """Symmetric quantisation: integers, and a scale per vector whose largest entry becomes
+    +-127."""
     x_TKH = x_TKH.float()
     scales_TK = x_TKH.abs().amax(-1) / 127
     # A vector of zeros has scale 0: do not divide by it.

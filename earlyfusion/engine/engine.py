@@ -99,7 +99,7 @@ class Engine:
 
     def add(self, request: Request, priority: int = 0) -> Handle:
         """Take a request in; the smaller `priority` runs first. Raises as `check` does. If the
-        transformer has changed, requests under way read their tokens again."""
+        transformer has changed, the requests under way compute their tokens again."""
         self.check(request)
         if request.adapter and request.adapter not in self.adapters:
             raise SettingError.unknown("adapter", request.adapter, tuple(self.adapters))
@@ -204,7 +204,7 @@ class Engine:
         self._remove(handle)
 
     def _abort_newest(self, error: BaseException) -> None:
-        """After running out of memory: end the last request in order, and have the others read
+        """After running out of memory: end the last request in order, and have the others compute
         their tokens again."""
         shortage = OutOfMemoryError(
             f"there was no memory for {len(self._scheduler.running)} requests at once, so this one "
@@ -263,16 +263,16 @@ class Engine:
         self._scheduler.restart()
         # The runner makes rotary tables of all positions, and no sequence is longer than the cache.
         longest = min(self.context_tokens, self.cache_size.tokens)
-        shape = self.cache_size.blocks, longest, self._cache_dtype
-        arguments = self.transformer, self.grammar(()), *shape
+        blocks, dtype = self.cache_size.blocks, self._cache_dtype
+        arguments = self.transformer, self.grammar(()), blocks, longest, dtype
         self.runner = (
             ModelRunner(*arguments, self._static, self.adapters)
             if peers_of(self.transformer) is None
             else LeadingRunner(*arguments, self._static)
         )
-        whole = self.runner.backend.needs_whole_prompts
-        self._scheduler.pool.prefix_caching = not whole
-        self._scheduler.chunk = sys.maxsize if whole else self._chunk
+        needs_whole_prompts = self.runner.backend.needs_whole_prompts
+        self._scheduler.pool.prefix_caching = not needs_whole_prompts
+        self._scheduler.chunk = sys.maxsize if needs_whole_prompts else self._chunk
         for handle in self._handles.values():
             handle.grammar_state.grammar = self.grammar(handle.request.stops, handle.request.layout)
             self.runner.sampler.allow(handle.grammar_state.grammar)
@@ -333,11 +333,11 @@ class _FairLock:
                 "of the model, or call its transformer"
             )
         with self._changed:
-            mine, self._tickets = self._tickets, self._tickets + 1
+            ticket, self._tickets = self._tickets, self._tickets + 1
             try:
-                self._changed.wait_for(lambda: self._served == mine)
+                self._changed.wait_for(lambda: self._served == ticket)
             except BaseException:
-                self._abandoned.add(mine)
+                self._abandoned.add(ticket)
                 self._skip()
                 raise
             self._holder = threading.get_ident()

@@ -32,10 +32,13 @@ _NUMBERS = count()
 
 class Handle:
     """A request in the engine. Iterating over it gives its events as they come, and drives the
-    engine while there are none. The scheduler sees it as an `Entry`. `branches` are in the order
-    full, image-only, unconditional; a condition that cancels out has no branch. `positions` is the
-    number of tokens in the next sampling: one, and one more behind each draft. Sampling with
-    `steering` sets `logprob`, or the `error` that ends the request."""
+    engine while there are none. The scheduler sees it as an `Entry`.
+
+    `branches` are in the order full, image-only, unconditional; a condition that cancels out has no
+    branch. `drafts` are the speculative tokens that the next step verifies; `positions` is the
+    number of tokens that it samples: one after the last token, and one after each draft. Sampling
+    with `steering` sets `logprob`, or the `error` that ends the request.
+    """
 
     def __init__(
         self,
@@ -122,10 +125,10 @@ class Handle:
     @property
     def changes_at_image(self) -> tuple[bool, bool]:
         """Whether the way tokens are sampled changes when an image begins, and when it ends."""
-        steered = self._steering is not None
-        at_begin = steered or bool(self.request.sampling.jacobi)
-        at_begin = at_begin or max_branches(self.request) > 1
-        return at_begin, steered or self._lookup is not None or len(self.branches) > 1
+        steered, jacobi = self._steering is not None, bool(self.request.sampling.jacobi)
+        at_begin = steered or jacobi or max_branches(self.request) > 1
+        at_end = steered or self._lookup is not None or len(self.branches) > 1
+        return at_begin, at_end
 
     @property
     def conditions(self) -> tuple[Branch, Branch, Branch]:
@@ -143,21 +146,22 @@ class Handle:
         before = self.branches
         if self.window is not None or self.drafts:
             tokens = self._verified(tokens)
-        # All but the last of these tokens were read as drafts, so their keys and values are in the
-        # blocks already.
+        # All but the last of these tokens were drafts, so their keys and values are in the blocks
+        # already.
         for branch in before:
-            branch.num_read += len(tokens) - 1
+            branch.num_computed += len(tokens) - 1
         for token in tokens:
             if not self.finished:
                 self._append(token, self.logprob)
         # A stop string may have ended the reply before the last of these tokens.
         for branch in before:
-            branch.num_read = min(branch.num_read, len(branch.tokens))
+            branch.num_computed = min(branch.num_computed, len(branch.tokens))
         self._plan_sampling()
         return [] if self.branches is before else [b for b in before if b not in self.branches]
 
     def _verified(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens, of those sampled at all positions, that follow final tokens only."""
+        """Of the tokens sampled at all positions, those up to and including the first that differs
+        from its draft: they follow final tokens only."""
         if self.window is not None:
             return self.window.accept(tokens, self.grammar_state.codes_left)
         for number, (new, guess) in enumerate(zip(tokens, self.drafts, strict=False)):
@@ -226,6 +230,7 @@ class Handle:
 
 
 def max_branches(request: Request) -> int:
+    """The most branches that a request has at any time: more than one with a guided image."""
     if request.max_images == 0 or request.output == "text":
         return 1
     weights = guidance_weights(request.sampling)

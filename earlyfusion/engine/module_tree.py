@@ -1,6 +1,9 @@
-"""Checks of a module tree: hooks, and modules of other classes. Back ends with their own forward
-pass take the weights out of the modules. That is valid only if calling the modules would give the
-same (`is_plain`), and until something changes (`fingerprint` in `engine.py`)."""
+"""Checks of a transformer's modules: their classes, and hooks.
+
+Most back ends take the weights out of the modules and compute the forward pass themselves. That is
+valid only while calling the modules would give the same result: `is_plain` checks it, and
+`fingerprint` in `engine.py` notices later changes.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The processes that share one model for generation, how they talk to each other, and the two
-modules in which they do while the model runs."""
+"""Tensor-parallel generation: the group of processes that share one model, their messages and
+collectives, and the two modules that contain a collective."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _PEER_GONE = "a process that shares the model has ended: start the program again
 class Peers:
     """The processes that share a model's layers: the first leads, the others follow its messages.
 
-    Messages go over the CPU, and the next one may take any time; a process that has ended is
-    noticed, as its connection closes. A message announces how many collectives (`broadcast` or
-    `all_reduce`) belong to it; `collectives_left` of them are still to come. Others are refused, as
-    the other processes would not take part in them.
+    Messages are sent over the CPU (gloo), without a timeout; if a process ends, its connection
+    closes, which the others notice. Each message says how many collectives (`broadcast` or
+    `all_reduce`) belong to it. `collectives_left` counts down; at 0 a further collective raises
+    `SettingError`, as the other processes would not take part in it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,6 +65,7 @@ class Peers:
         return from_tensors(lambda tensor: self._from_leader(tensor, self._messages))
 
     def begin(self, collectives: int) -> None:
+        """Expect this many collectives: those of the message that was just received."""
         self.collectives_left = collectives
 
     def replay(self, collectives: int) -> None:
@@ -74,10 +75,11 @@ class Peers:
     def wait(
         self, is_done: Callable[[], bool], seconds: float = _STEP_TIMEOUT.total_seconds()
     ) -> None:
-        """Return as soon as the device has done what was replayed; ConnectionError after `seconds`.
+        """Return once `is_done`, when the device has finished the replayed graphs; ConnectionError
+        after `seconds`.
 
-        NCCL watches no collectives of a captured graph: those of a process that has ended stay
-        pending for ever, and the host would wait with them.
+        NCCL does not watch the collectives of a captured graph: if another process has ended, they
+        stay pending forever, and the host would wait with them.
         """
         end = time.monotonic() + seconds
         while not is_done():
@@ -87,12 +89,12 @@ class Peers:
             time.sleep(1e-4)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The leader's values, in place, on all."""
+        """Overwrite `x` with the leader's values, on all processes."""
         self._count_down()
         return self._from_leader(x, self._collectives)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all, in place."""
+        """Overwrite `x` with the sum over all processes."""
         self._count_down()
         try:
             dist.all_reduce(x, group=self._collectives)

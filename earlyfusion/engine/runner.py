@@ -2,10 +2,9 @@
 request.
 
 A back end runs the transformer: on a CPU compiled code (`backends/cpu.py`); elsewhere, or without a
-compiler, fused products in torch (`backends/torch.py`). If somebody has put hooks or other modules
-into the transformer, its own modules are called (`backends/modules.py`). On a CUDA device, steps
-that read no prompt run in bursts (`static/bursts.py`).
-"""
+compiler, fused products in torch (`backends/torch.py`). A transformer with hooks or modules of
+other classes is run by calling its modules (`backends/modules.py`). On a CUDA device, steps without
+prefill run in bursts (`static/bursts.py`)."""
 
 from __future__ import annotations
 
@@ -13,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from earlyfusion.engine.backends.adapters import ByAdapter
+from earlyfusion.engine.backends.adapters import MultiAdapter
 from earlyfusion.engine.backends.cpu import compiled_transformer
 from earlyfusion.engine.backends.interface import Backend
-from earlyfusion.engine.backends.modules import CalledTransformer
+from earlyfusion.engine.backends.modules import ModuleTransformer
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.cache import PagedCache, cache_dtype
 from earlyfusion.engine.handle import Handle
@@ -59,7 +58,7 @@ class ModelRunner:
             # The head is the model's own, so the back ends must all give states of one kind.
             make = _backend if all(map(is_plain, models.values())) else _module_backend
             backends = {n: make(m, self._cache, not static) for n, m in models.items()}
-            self.backend: Backend = ByAdapter(backends) if adapters else backends[""]
+            self.backend: Backend = MultiAdapter(backends) if adapters else backends[""]
             self.sampler = TokenSampler(self.backend, grammar, self.device)
             self.bursts: Bursts | None = None
             fused = {
@@ -76,9 +75,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: Plan, handles: Sequence[Handle], burst_length: int = 0) -> list[list[int]]:
-        """Read the pieces of a plan, and sample for the handles that are ready. Returns the tokens
-        of each handle: one per position of its window, or up to `burst_length`. `INVALID_TOKEN`
-        stands for a token whose logits are not finite."""
+        """Compute the pieces of a plan, and sample for the handles that are ready. Returns the
+        tokens of each handle: one per position, or up to `burst_length`. `INVALID_TOKEN` stands for
+        a token whose logits are not finite."""
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:
@@ -99,7 +98,7 @@ class ModelRunner:
 
 
 def _module_backend(transformer: Transformer, cache: PagedCache, compiled: bool) -> Backend:
-    return CalledTransformer(transformer, cache)
+    return ModuleTransformer(transformer, cache)
 
 
 def _backend(transformer: Transformer, cache: PagedCache, compiled: bool) -> Backend:
@@ -107,6 +106,6 @@ def _backend(transformer: Transformer, cache: PagedCache, compiled: bool) -> Bac
     # tokens cannot share a table with those of others.
     limit = rotary_change_length(transformer.config)
     if not is_plain(transformer) or (limit is not None and cache.length > limit):
-        return CalledTransformer(transformer, cache)
+        return ModuleTransformer(transformer, cache)
     found = compiled_transformer(transformer, cache) if compiled else None
     return found or FusedTransformer(transformer, cache)

@@ -5,8 +5,8 @@ part that it may sample from. Requests with equal settings are sampled together;
 uniform number, so the result is the same as alone.
 """
 
-# Shapes: B rows to sample (several per window of codes), R rows of states, V columns of a head, D
-# width of a state.
+# Shapes: B tokens to sample (several per handle with drafts), R rows of hidden states, V columns of
+# a head (or ids of the whole vocabulary), D model width.
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ INVALID_TOKEN = -1
 
 
 class SamplingGroup(NamedTuple):
-    """Requests with equal values are sampled together."""
+    """The key by which requests are grouped: those with equal values are sampled together."""
 
     in_image: bool
     greedy: bool
@@ -49,7 +49,7 @@ class SamplingGroup(NamedTuple):
 
 
 class Head:
-    """The columns of the head for some ids, in ascending order of ids."""
+    """A part of the output head: the logits of some ids, as columns in ascending order of ids."""
 
     def __init__(self, backend: Backend, ids: Iterable[int], device: torch.device) -> None:
         self.ids = sorted(ids)
@@ -166,7 +166,7 @@ class TokenSampler:
     ) -> dict[Handle, list[int]]:
         rows: dict[bool, _LogitRows] = {}
         for in_image, head in ((False, self.text_head), (True, self.image_head)):
-            members = [one for one in handles if one.grammar_state.in_image is in_image]
+            members = [h for h in handles if h.grammar_state.in_image is in_image]
             if members:
                 rows[in_image] = _LogitRows(head, x_RD, step, members)
         # The choices hold raw addresses of logits in `rows`: keep it alive until after the
@@ -175,8 +175,11 @@ class TokenSampler:
         columns = iter(sample(list(chain.from_iterable(choices))))
         sampled: dict[Handle, list[int]] = {}
         for handle in handles:
-            ids, mine = rows[handle.grammar_state.in_image].ids, islice(columns, handle.positions)
-            sampled[handle] = [ids[column] if column >= 0 else INVALID_TOKEN for column in mine]
+            ids = rows[handle.grammar_state.in_image].ids
+            sampled[handle] = [
+                ids[column] if column >= 0 else INVALID_TOKEN
+                for column in islice(columns, handle.positions)
+            ]
         return sampled
 
     def _choices(self, handle: Handle, rows: _LogitRows) -> list[Choice]:
@@ -215,8 +218,8 @@ class TokenSampler:
         ]
         # The host waits for the device here, once per step.
         tokens = iter((sampled[0] if len(sampled) == 1 else torch.cat(sampled)).tolist())
+        # The tokens are in the order of the groups, not of `handles`.
         in_order = chain.from_iterable(groups.values())
-        # `torch.cat` above is in the order of the groups, not of the handles.
         return {handle: list(islice(tokens, handle.positions)) for handle in in_order}
 
     def _sample_group(
@@ -234,20 +237,23 @@ class TokenSampler:
 
     def _guided_logits(self, x_RD: Tensor, step: Step, handles: list[Handle], head: Head) -> Tensor:
         """Guided logits [B, V] in fp32: one row per position of each handle."""
-        rows_of_positions = [
+        # Per token to sample, the rows of the three conditions: full, image-only, unconditional.
+        condition_rows = [
             tuple(step.row_of[branch] + position for branch in handle.conditions)
             for handle in handles
             for position in range(handle.positions)
         ]
-        rows = list(dict.fromkeys(chain.from_iterable(rows_of_positions)))
+        rows = list(dict.fromkeys(chain.from_iterable(condition_rows)))
         logits_RV = head.logits(_select_rows(x_RD, rows)).float()
         # As many rows as tokens to sample: no request has a second branch, so there is nothing to
         # combine.
-        if len(rows) == len(rows_of_positions):
+        if len(rows) == len(condition_rows):
             return logits_RV
         index_of = {row: number for number, row in enumerate(rows)}
-        numbers = ([index_of[mix[i]] for mix in rows_of_positions] for i in range(3))
-        full, image_only, unconditional = (logits_RV[of_condition] for of_condition in numbers)
+        full, image_only, unconditional = (
+            logits_RV[[index_of[row] for row in rows_of_condition]]
+            for rows_of_condition in zip(*condition_rows, strict=True)
+        )
         weights = [handle.guidance for handle in handles for _ in range(handle.positions)]
         weights_2B = torch.tensor([*zip(*weights, strict=True)], dtype=torch.float32)
         text_B1, image_B1 = weights_2B.to(self._device)[..., None]
@@ -268,7 +274,7 @@ class TokenSampler:
         seen = [self._seen_columns(handle) for handle in by_position]
         if all(seen_V is None for seen_V in seen):
             return logits_BV
-        seen_BV = torch.stack([self._none_seen_V if one_V is None else one_V for one_V in seen])
+        seen_BV = torch.stack([self._none_seen_V if seen_V is None else seen_V for seen_V in seen])
         return penalise(logits_BV, seen_BV, self._settings_per_position(group, handles).penalty_B)
 
     def _sample_tokens(
@@ -346,7 +352,8 @@ class _SeenColumns:
 
     def __init__(self, head: Head, device: torch.device) -> None:
         self.marks_V = torch.zeros(len(head.ids), dtype=torch.bool, device=device)
-        # The same memory as an array: numpy writes an entry in a twentieth of the time.
+        # On a CPU a numpy view of the same memory, which writes an entry in a twentieth of the
+        # time.
         self._marks = self.marks_V.numpy() if device.type == "cpu" else self.marks_V
         self._column_of, self._marked = head.column_of, 0
 

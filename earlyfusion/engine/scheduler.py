@@ -1,12 +1,11 @@
-"""Which requests run next, and which of their tokens a step reads (chunked prefill). No tensors
+"""Which requests run next, and which of their tokens a step computes (chunked prefill). No tensors
 here.
 
-A request reads through branches: one for text, two or three while it generates a guided image. A
-branch lists its tokens, and how many of them its blocks hold. So a prompt read in pieces, a single
-new token, and a request that was preempted are the same case: there are tokens to be read. Requests
-are served by priority, then by arrival. A `Plan` is what one step reads; a `Step` concatenates its
-tokens, in the same way for all back ends.
-"""
+A request has one branch for text, two or three while it generates a guided image. A branch lists
+its tokens, and how many of them are computed, with keys and values in its blocks. So prefill in
+chunks, decoding, and computing again after a preemption are one case: a branch has pending tokens.
+Requests are served by priority, then by arrival. A `Plan` is what one step does; a `Step`
+concatenates its tokens, in the same way for all back ends."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from earlyfusion.engine.blocks import BlockPool, Branch, Copy
 from earlyfusion.errors import SettingError
 
 PREFILL_ONLY_FACTOR = 4
-"""A step in which no request samples reads this many times `chunk` tokens of prompts."""
+"""A step in which no request samples computes this many times `chunk` tokens of prompts."""
 _CHEAP_ROWS = 8
 """The number of rows up to which a step takes about as long as one row, as it must read all
 weights."""
@@ -28,8 +27,8 @@ weights."""
 
 class Entry(Protocol):
     """The scheduler's view of a request (`engine/handle.py`). The smaller `priority` runs first,
-    then the smaller `number`. `drafts` are read behind the last token of each branch, but never
-    count as read. `reserve` is the number of tokens that are sure to come: within an image, the
+    then the smaller `number`. `drafts` are computed after the last token of each branch, but do not
+    count as computed. `reserve` is the number of tokens that are sure to come: within an image, the
     rest of its codes."""
 
     @property
@@ -45,7 +44,7 @@ class Entry(Protocol):
 
 
 class Piece(NamedTuple):
-    """`size` tokens of a branch from `start` on, then its drafts, to be read in one step."""
+    """`size` tokens of a branch from `start` on, then its drafts, to be computed in one step."""
 
     branch: Branch
     start: int
@@ -76,9 +75,10 @@ class Plan:
 
 
 class Step:
-    """The tokens of a plan's pieces in one row: single tokens first, by length, then longer pieces.
-    `logits_indices` are the tokens whose logits are needed: the last one of each piece, and its
-    drafts. `row_of` is the index, among these, of a branch's first row."""
+    """The tokens of a plan's pieces in one row: first `singles` (pieces of one token, shortest
+    context first), then `longer` ones. `logits_indices` are the tokens whose logits are needed: the
+    last one of each piece, and its drafts. `row_of` is the index, among these, of a branch's first
+    row."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self.singles: list[Piece] = []
@@ -102,8 +102,8 @@ class Step:
 
 class Scheduler:
     """Shares the blocks of the cache among at most `most_running` requests. A step in which one
-    request samples reads at most `chunk` tokens of prompts, so that this request does not wait
-    long. A step in which several sample, or none, may read more (`_prompt_budget`)."""
+    request samples computes at most `chunk` tokens of prompts, so that this request does not wait
+    long. A step in which several sample, or none, may compute more (`_prompt_budget`)."""
 
     def __init__(self, pool: BlockPool, chunk: int, most_running: int = 256) -> None:
         if chunk < 2 or most_running < 1:
@@ -130,47 +130,50 @@ class Scheduler:
             self.pool.release(branch)
 
     def restart(self) -> None:
-        """Have all requests read their tokens again, as the weights have changed."""
+        """Have all requests compute their tokens again, as the weights have changed or a step has
+        failed."""
         for entry in list(self.running):
             self._requeue(entry)
         self.pool.forget_all()
 
     def schedule(self) -> Plan:
-        """The next step. The tokens of its pieces count as read from now on."""
+        """The next step. The tokens of its pieces count as computed from now on."""
         plan = Plan()
         lacking = [entry for entry in self.running if self._missing_blocks(entry)]
         for entry in lacking:
             self._allocate(entry, plan)
         if self.waiting:
             self._admit(plan)
-        unread = [sum(len(b.tokens) - b.num_read for b in entry.branches) for entry in self.running]
-        left = self._prompt_budget(unread)
-        for entry, number in zip(self.running, unread, strict=True):
+        pending = [
+            sum(len(b.tokens) - b.num_computed for b in entry.branches) for entry in self.running
+        ]
+        left = self._prompt_budget(pending)
+        for entry, number in zip(self.running, pending, strict=True):
             # Only `_allocate` can leave a running request without the blocks that it needs.
             if not (entry in lacking and self._missing_blocks(entry)):
                 left -= self._plan_pieces(entry, number, plan, left)
         return plan
 
     def grow(self, entries: Iterable[Entry], tokens: int) -> None:
-        """Give requests blocks for `tokens` more tokens, while each running one could
-        get one more."""
+        """Give requests blocks for `tokens` more tokens, as long as enough blocks stay free for
+        each running request to get one more."""
         for entry in entries:
             for branch in entry.branches:
                 size = len(branch.tokens) + tokens
                 missing = self.pool.blocks_for(size) - len(branch.blocks)
                 if missing > 0 and self.pool.free - missing >= len(self.running):
-                    # `extend` copies nothing here, as the branch has read all its tokens.
+                    # `extend` copies nothing here, as the branch has no pending tokens.
                     self.pool.extend(branch, size)
 
-    def _prompt_budget(self, unread: Sequence[int]) -> int:
-        """The most tokens of prompts that the next step reads; `unread` are the numbers of unread
-        tokens of the running requests.
+    def _prompt_budget(self, pending: Sequence[int]) -> int:
+        """The most tokens of prompts that the next step computes; `pending` are the numbers of
+        pending tokens of the running requests.
 
         The budget grows with the rows that are sampled, which make the step longer anyway, and with
         the requests that wait for their first token for each one that samples. It depends on counts
-        only, not on time, so that the same requests are always read in the same pieces.
+        only, not on time, so that the same requests are always computed in the same pieces.
         """
-        requests = zip(self.running, unread, strict=True)
+        requests = zip(self.running, pending, strict=True)
         sampling = [entry for entry, number in requests if number == len(entry.branches)]
         if not sampling:
             return PREFILL_ONLY_FACTOR * self.chunk
@@ -198,8 +201,8 @@ class Scheduler:
         missing = self._missing_blocks(entry)
         if missing + spare <= self.pool.free:
             return True
-        unread = [branch for branch in entry.branches if not branch.blocks]
-        prefixes = [self.pool.find_prefix(branch.tokens, branch.adapter) for branch in unread]
+        new = [branch for branch in entry.branches if not branch.blocks]
+        prefixes = [self.pool.find_prefix(branch.tokens, branch.adapter) for branch in new]
         shared = sum(len(prefix.blocks) for prefix in prefixes)
         return missing - shared + spare <= self.pool.free - self.pool.count_free(prefixes)
 
@@ -223,7 +226,7 @@ class Scheduler:
             earlier = [entry for entry in self.running if _sort_key(entry) < _sort_key(first)]
             if any(self._missing_blocks(entry) for entry in earlier):
                 return
-            if self._prefix_being_read(first):
+            if self._waits_for_prefix(first):
                 return
             lower = [e for e in self.running if e.priority > first.priority]
             if not self._has_room(first, lower):
@@ -237,9 +240,9 @@ class Scheduler:
             self.running.sort(key=_sort_key)
             self._assign(first, plan)
 
-    def _prefix_being_read(self, entry: Entry) -> bool:
-        """Whether an earlier request is still reading the first block that this one could share.
-        Waiting for it lets many requests with the same prompt read the prompt once."""
+    def _waits_for_prefix(self, entry: Entry) -> bool:
+        """Whether an earlier request is still computing the first block that this one could share.
+        Waiting for it lets many requests with the same prompt compute the prompt once."""
         tokens, adapter = entry.branches[0].tokens, entry.branches[0].adapter
         end = (len(self.pool.find_prefix(tokens, adapter).blocks) + 1) * self.pool.size
         if not self.pool.prefix_caching or end >= len(tokens):
@@ -247,7 +250,7 @@ class Scheduler:
         before = (e for e in self.running if _sort_key(e) < _sort_key(entry))
         return any(
             branch.adapter == adapter
-            and branch.num_read < end < len(branch.tokens)
+            and branch.num_computed < end < len(branch.tokens)
             and branch.tokens[:end] == tokens[:end]
             for other in before
             for branch in other.branches
@@ -257,14 +260,14 @@ class Scheduler:
         if len(self.running) - len(without) >= self.most_running:
             return False
         # Earlier running requests may each need a block soon, and would take it from this one,
-        # which would then have read its prompt for nothing.
+        # which would then have computed its prompt for nothing.
         spare = sum(_sort_key(e) < _sort_key(entry) and not e.reserve for e in self.running)
         return self._fits(entry, spare - self._exclusive_blocks(without))
 
     def _exclusive_blocks(self, entries: Sequence[Entry]) -> int:
         """The number of blocks that only these requests hold."""
-        reads = Counter(block for e in entries for b in e.branches for block in b.blocks)
-        return sum(self.pool.references[block] == number for block, number in reads.items())
+        uses = Counter(block for e in entries for b in e.branches for block in b.blocks)
+        return sum(self.pool.references[block] == number for block, number in uses.items())
 
     def _assign(self, entry: Entry, plan: Plan) -> None:
         # Prefixes of all branches first, so that `extend` does not evict one of their blocks.
@@ -276,7 +279,7 @@ class Scheduler:
             if copied is not None:
                 plan.copies.append(copied)
             if branch.num_cached is None:
-                branch.num_cached = branch.num_read
+                branch.num_cached = branch.num_computed
 
     def _preempt(self, entry: Entry) -> None:
         self.preemptions += 1
@@ -288,18 +291,18 @@ class Scheduler:
         self.waiting.append(entry)
         self.waiting.sort(key=_sort_key)
 
-    def _plan_pieces(self, entry: Entry, unread: int, plan: Plan, left: int) -> int:
-        """Plan the pieces of one request with this many unread tokens. Returns the number of tokens
-        that they take of the step's budget."""
+    def _plan_pieces(self, entry: Entry, pending: int, plan: Plan, left: int) -> int:
+        """Plan the pieces of one request with this many pending tokens, while `left` of the step's
+        budget are left. Returns the number of tokens that they take of the budget."""
         branches, drafts = entry.branches, entry.drafts
-        single = unread == len(branches)
-        if single or unread <= left:
+        decodes = pending == len(branches)  # one new token per branch
+        if decodes or pending <= left:
             for branch in branches:
-                self._add_piece(plan, branch, len(branch.tokens) - branch.num_read, drafts)
+                self._add_piece(plan, branch, len(branch.tokens) - branch.num_computed, drafts)
             plan.ready.append(entry)
-            return 0 if single else unread
-        # Guidance mixes the logits of all branches, so the last token of each must be read in the
-        # same step.
+            return 0 if decodes else pending
+        # Guidance combines the logits of all branches, so the last token of each must be computed
+        # in the same step.
         taken = 0
         for branch in branches:
             number = min(branch.pending - 1, left - taken)
@@ -311,12 +314,12 @@ class Scheduler:
     def _add_piece(
         self, plan: Plan, branch: Branch, number: int, drafts: Sequence[int] = ()
     ) -> None:
-        plan.pieces.append(Piece(branch, branch.num_read, number, drafts))
+        plan.pieces.append(Piece(branch, branch.num_computed, number, drafts))
         # Within a registered partial block there is nothing new to register.
-        if branch.num_read + number < branch.partial_end:
-            branch.num_read += number
+        if branch.num_computed + number < branch.partial_end:
+            branch.num_computed += number
         else:
-            self.pool.mark_read(branch, number)
+            self.pool.mark_computed(branch, number)
 
 
 def _sort_key(entry: Entry) -> tuple[int, int]:

@@ -47,7 +47,7 @@ from earlyfusion.engine.peers import BroadcastEmbedding, Peers, RowParallelLinea
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Piece, Plan, Step
 from earlyfusion.engine.static.bursts import uses_bursts
-from earlyfusion.engine.static.followed import Burst, FollowedBursts
+from earlyfusion.engine.static.follower import Burst, FollowerBursts
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.rotary import rotary_change_length
@@ -69,7 +69,7 @@ class ShardConfig(ModelConfig):
 
 
 def shard_config(whole: ModelConfig, rank: int, count: int) -> ShardConfig:
-    """The shape of shard number `rank`; `SettingError` where heads cannot be shared evenly."""
+    """The shape of shard number `rank`; `SettingError` if the heads cannot be shared evenly."""
     heads, inner = whole.num_attention_heads, whole.intermediate_size
     if heads % count:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -140,8 +140,8 @@ def _bound(size: int, rank: int, count: int) -> int:
 
 
 def open_shard(source: Source, count: int) -> Source:
-    """An open checkpoint of which this process reads its own shard; `SettingError` where the model
-    or the number of processes does not fit."""
+    """An open checkpoint of which this process reads its own shard; `SettingError` if the model or
+    the number of processes does not fit."""
     if count != processes.count():
         raise SettingError(
             f"tensor_parallel={count} is not the number of processes, {processes.count()}: "
@@ -165,7 +165,7 @@ def _shard_named(name: str, config: ModelConfig, rank: int, count: int, whole: T
     return shard_tensor(name, whole, config, rank, count)
 
 
-# ---- a shard among the others
+# ---- connecting the shards
 
 
 def connect(shard: Transformer, peers: Peers) -> Transformer:
@@ -196,7 +196,7 @@ def split(whole: Transformer, peers: Peers) -> Transformer:
     return connect(shard, peers)
 
 
-# ---- who leads, and who follows
+# ---- the leader and the followers
 
 
 def share(shard: Transformer) -> None:
@@ -291,7 +291,7 @@ class LeadingRunner(ModelRunner):
     @contextmanager
     def _leading(self) -> Iterator[None]:
         peers = self._peers
-        # The others have one cache: that of the engine opened last.
+        # The other processes hold only the cache of the engine that was made last.
         if self._engine != peers.engines:
             raise SettingError(
                 "another engine has been made on this shared model since: use that one"
@@ -338,11 +338,11 @@ class _Follower:
         self._peers, self._collectives = peers, _collectives(shard)
         # One more, as in `ModelRunner`: the spare block of static steps.
         self._cache = PagedCache(shard.config, blocks + 1, length, dtype, weight.device)
-        self._bursts: FollowedBursts | None = None
+        self._bursts: FollowerBursts | None = None
         with torch.no_grad():
             self._backend = FusedTransformer(shard, self._cache)
             if static:
-                self._bursts = FollowedBursts(shard, self._backend, self._cache)
+                self._bursts = FollowerBursts(shard, self._backend, self._cache)
 
     @torch.inference_mode()
     def run(self, kind: int, numbers: Sequence[int]) -> None:
@@ -372,7 +372,8 @@ def _collectives(transformer: Transformer) -> int:
 
 
 def _message(plan: Plan) -> list[int]:
-    """Where the tokens of a plan stand, as numbers; not which tokens they are."""
+    """A plan as numbers: the copies, then the positions and block table of each piece; without its
+    tokens, which the others need not know."""
     numbers = [_READ, len(plan.copies)]
     for copied in plan.copies:
         numbers += copied

@@ -96,10 +96,10 @@ def _store(new_R2KH: Tensor, at_R: Tensor, blocks: LayerBlocks, table_RW: Tensor
         scales_R2K = new_R2KH.abs().amax(-1) / 127
         new_R2KH = (new_R2KH / scales_R2K.clamp_min(1e-30)[..., None]).round()
         blocks.scales_B2KT[numbers_R, :, :, at_R % size] = scales_R2K
-    blocks.kv_B2KTH[numbers_R, :, :, at_R % size] = kept_as(new_R2KH, blocks.kv_B2KTH.dtype)
+    blocks.kv_B2KTH[numbers_R, :, :, at_R % size] = to_cache_dtype(new_R2KH, blocks.kv_B2KTH.dtype)
 
 
-def kept_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+def to_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys or values in a cache's dtype."""
     if dtype == FP8:
         # Up to 2.11 torch makes NaN of what is larger than the largest number of fp8.

@@ -1,6 +1,6 @@
-"""Adapters by name: one back end for each, on one cache. A step reads the rows of each adapter with
-that adapter's weights, one group after the other, so it costs as much as one step per group.
-Scheduler, cache and sampling are shared."""
+"""Several adapters at once: one back end for each, on one cache. A step runs the rows of each
+adapter with that adapter's weights, one group after the other, so it costs as much as one step per
+group. Scheduler, cache and sampling are shared."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.kernels.cpu_step import Choice
 
 
-class ByAdapter:
-    """Back ends by the name of their adapter; that of "" has the model's own weights and head."""
+class MultiAdapter:
+    """A back end for each adapter, by its name; that of "" has the model's own weights. All use the
+    model's own head."""
 
     def __init__(self, backends: Mapping[str, Backend]) -> None:
         self._backends, self._own = backends, backends[""]

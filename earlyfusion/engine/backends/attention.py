@@ -90,7 +90,7 @@ class StepAttention:
         token_bytes = 2 * kv.shape[3] * kv.shape[5] * kv.element_size()
         first = 0
         for row in range(1, len(ends)):
-            # With this row, all before it in the run are padded to its length.
+            # With this row, all rows before it in the group are padded to its length.
             padding = (ends[row] - ends[row - 1]) * (row - first)
             if padding * token_bytes > PADDING_BYTES:
                 yield first, row

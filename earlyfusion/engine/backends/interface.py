@@ -1,5 +1,5 @@
-"""What a back end must do: run the transformer on the tokens of a step, and perhaps sample. Most
-use `head_product` and `vocab_logits` for the head."""
+"""The interface of a back end, which runs the transformer on the tokens of a step and may also
+sample; and two functions for the head that most back ends share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """With `needs_whole_prompts`, a prompt must be read in one piece, from its first token."""
+    """With `needs_whole_prompts`, a prompt must be computed in one piece, from its first token."""
 
     @property
     def needs_whole_prompts(self) -> bool: ...

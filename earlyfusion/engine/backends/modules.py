@@ -1,6 +1,6 @@
 """Calls the transformer's own modules, as the plain loop does: slow, but right with any module.
-Used if there are hooks or modules of other classes in the module tree: these see one sequence at a
-time as (1, T), and every prompt whole."""
+Used if some modules have hooks or are of other classes: these see one sequence at a time as (1, T),
+and every prompt whole."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.model.transformer import Transformer
 
 
-class CalledTransformer:
-    """Its states are already logits of the whole vocabulary, as the head may be any module."""
+class ModuleTransformer:
+    """Its hidden states are already logits of the whole vocabulary, as the head may be any
+    module."""
 
     needs_whole_prompts = True
     sample = None

@@ -1,9 +1,10 @@
-"""Bursts of static steps: several tokens for each row before the host reads any.
+"""Bursts of static steps (multi-step decoding): several tokens for each row before the host reads
+any.
 
 The host writes the rows, starts the steps one after the other, and reads all their tokens at once.
 So host and device wait for each other once per burst. A step is captured for each number of rows
 (BUCKETS) and kind (`graphs.py`). If several processes share the model, this file is the first
-process's side; it sends the others one message per burst (`followed.py`).
+process's side; it sends the others one message per burst (`follower.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.sampling import INVALID_TOKEN
 from earlyfusion.engine.scheduler import Plan
-from earlyfusion.engine.static.followed import Burst
+from earlyfusion.engine.static.follower import Burst
 from earlyfusion.engine.static.grammars import Grammars
 from earlyfusion.engine.static.graphs import Graphs, Kind, Shape
 from earlyfusion.engine.static.layers import StaticLayers
@@ -40,8 +41,9 @@ waits for the end of a burst."""
 class Bursts:
     """The static steps of one model over one cache, whose last block is the spare one.
 
-    `models` are by adapter, that of "" without one. With other processes, `announce` is called
-    before each burst and each capture, with the number of its collectives.
+    `models` are by adapter, that of "" without one. `announce` is called before each burst and each
+    capture with the number of its collectives; with tensor parallelism it sends the burst to the
+    other processes.
     """
 
     def __init__(
@@ -81,10 +83,10 @@ class Bursts:
         if self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles) is None:
             return 0
         if not _only_codes(handles):
-            most = TEXT_STEPS
+            limit = TEXT_STEPS
         else:
-            most = MAX_STEPS if len(handles) == 1 else SHARED_STEPS
-        return min(most, max(handle.grammar_state.tokens_until_end for handle in handles))
+            limit = MAX_STEPS if len(handles) == 1 else SHARED_STEPS
+        return min(limit, max(handle.grammar_state.tokens_until_end for handle in handles))
 
     def sample(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
         """The next tokens of each handle, at most `steps`; `INVALID_TOKEN` if none could be
@@ -105,19 +107,19 @@ class Bursts:
         numbers = self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles)
         assert numbers is not None
         kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
-        burst = branch_rows(handles, numbers, kind.only_codes)
-        bucket = next(size for size in BUCKETS if size >= len(burst))
-        rows, shape = self._bucket_rows(bucket), Shape(bucket, kind, adapter)
-        step = self._announced_step(Burst(shape, steps, [row.branch.blocks for row in burst]))
-        rows.write(burst, self._spare, steps)
-        self._mark_seen(rows, handles)
+        rows = branch_rows(handles, numbers, kind.only_codes)
+        bucket = next(size for size in BUCKETS if size >= len(rows))
+        tensors, shape = self._bucket_rows(bucket), Shape(bucket, kind, adapter)
+        step = self._announced_step(Burst(shape, steps, [row.branch.blocks for row in rows]))
+        tensors.write(rows, self._spare, steps)
+        self._mark_seen(tensors, handles)
         for _ in range(steps):
             step()
         self._graphs.wait()
         # The host waits for the device here.
-        columns = rows.tokens_NR[:steps].T.tolist()
-        firsts = [row.conditions[0] for row in burst if row.branch is row.handle.branches[0]]
-        return [_before_freezing(columns[first]) for first in firsts]
+        tokens_of_row = tensors.tokens_NR[:steps].T.tolist()
+        full_rows = [row.conditions[0] for row in rows if row.branch is row.handle.branches[0]]
+        return [_before_freezing(tokens_of_row[row]) for row in full_rows]
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
@@ -178,7 +180,7 @@ def _is_greedy(handle: Handle) -> bool:
 
 
 def _before_freezing(tokens: list[int]) -> list[int]:
-    """The tokens sampled before the row froze. An `INVALID_TOKEN` behind others is left out: the
+    """The tokens sampled before the row froze. An `INVALID_TOKEN` after others is left out: the
     next burst samples it first."""
     end = tokens.index(FROZEN) if FROZEN in tokens else len(tokens)
     sampled = tokens[:end]

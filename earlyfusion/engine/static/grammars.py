@@ -60,10 +60,10 @@ class Grammars:
         return self._number_of.pop(oldest)
 
     def _fill(self, number: int, grammar: Grammar) -> None:
-        classes_KV, class_of = grammar.tables
+        classes_CV, class_of_slot = grammar.tables
         slots = grammar.image_tokens
-        self._allowed_GCV[number, : len(classes_KV)] = classes_KV
-        self._class_GS[number, : slots + 1] = class_of
+        self._allowed_GCV[number, : len(classes_CV)] = classes_CV
+        self._class_GS[number, : slots + 1] = class_of_slot
         # Slot 0 is text; the template says there that an image begins.
         fixed = [-1, *(-1 if token is None else token for token in grammar.fixed[1:]), -1]
         self._forced_GS[number, : slots + 1] = torch.tensor(fixed)

@@ -43,7 +43,8 @@ class Layer(NamedTuple):
 
 
 class _Positions(NamedTuple):
-    """The block and offset of each row's new token, and the tokens that it sees."""
+    """The position of each row's new token, the number of tokens that it attends to, and the block
+    table that holds them."""
 
     position_R: Tensor
     length_R: Tensor
@@ -121,14 +122,14 @@ class StaticLayers:
 
     def _layer(self, block: Block, fused: FusedLayer, layer_blocks: LayerBlocks) -> Layer:
         attention, mlp = block.self_attn, block.mlp
-        plain = isinstance(mlp.act_fn, nn.SiLU)
+        is_silu = isinstance(mlp.act_fn, nn.SiLU)
         return Layer(
             self._product(fused.qkv, attention.q_proj, attention.k_proj, attention.v_proj),
             HeadNorms(fused.head_weight, fused.head_bias),
             self._product(fused.out, attention.o_proj),
             self._product(fused.gate_up, mlp.gate_proj, mlp.up_proj),
             self._product(fused.down, mlp.down_proj),
-            self._operations.gated if plain else _activated(mlp.act_fn),
+            self._operations.gated if is_silu else _activated(mlp.act_fn),
             block.input_layernorm,
             block.post_attention_layernorm,
             layer_blocks,

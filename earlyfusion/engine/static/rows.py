@@ -1,9 +1,9 @@
 """The rows of a burst of static steps: the host writes them before the burst and reads them after.
 
 Each branch of a request is a row. All rows of a request sample the same token, from the guided
-logits of its conditions, so each row has the numbers of those rows. A row freezes if the host must
-act first: at the end of the reply, when branches open or close, and when its blocks are full. A
-frozen row is still computed, and its results are ignored.
+logits of its conditions, so each row holds the numbers of the rows of all three conditions. A row
+freezes if the host must act before its next token: at the end of the reply, when branches open or
+close, and when its blocks are full. A frozen row is still computed, and its results are ignored.
 
 Shapes: R rows of a bucket, I integers and F floats of a row, W blocks of a table, N steps of a
 burst, V vocabulary.
@@ -21,7 +21,7 @@ from torch import Tensor
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
 from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.handle import Handle
-from earlyfusion.generation.grammar import Grammar
+from earlyfusion.generation.grammar import SLOT, Grammar
 from earlyfusion.generation.sampler import SamplingTensors
 from earlyfusion.generation.settings import ModalitySettings
 
@@ -29,6 +29,7 @@ MAX_STEPS = 32
 FROZEN = -2
 """Stands for the token of a frozen row."""
 
+# Columns of `Rows.ints_RI`, in the order of `Row.ints`, then those of `Rows.floats_RF`.
 _TOKEN, _POSITION, _ALIVE = 0, 1, 2
 _STATE = slice(3, 7)
 _GRAMMAR, _CAPACITY, _STOPS_AT_BEGIN, _STOPS_AT_END = range(7, 11)
@@ -131,19 +132,20 @@ class Rows:
         top_k_R2 = self.ints_RI[:, _TOP_K]
         return _warp(text, top_k_R2[:, 0]), _warp(image, top_k_R2[:, 1])
 
-    def write(self, burst: Sequence[Row], spare: int, steps: int) -> None:
+    def write(self, rows: Sequence[Row], spare: int, steps: int) -> None:
         """Fill the rows for a burst of `steps` steps; the remaining rows are idle.
 
         Tables are filled up with the block `spare`, into which idle and frozen rows may write.
         """
         blocks = self.table_RW.shape[1]
-        ints = [row.ints(blocks, spare) for row in burst]
-        floats = [row.floats() for row in burst]
-        uniforms = [row.handle.next_uniforms(steps) for row in burst]
-        for number in range(len(burst), len(self.ints_RI)):
+        ints = [row.ints(blocks, spare) for row in rows]
+        floats = [row.floats() for row in rows]
+        uniforms = [row.handle.next_uniforms(steps) for row in rows]
+        for number in range(len(rows), len(self.ints_RI)):
             idle = [0] * _TABLE + [spare] * blocks
             idle[_CONDITIONS] = [number] * 3
-            idle[3] = 1  # a slot within an image, where the next token is fixed or a code
+            # A slot within an image, where the next token is fixed or a code.
+            idle[_STATE.start + SLOT] = 1
             ints.append(idle)
             floats.append([0.0] * _FLOATS)
             uniforms.append([0.0] * steps)

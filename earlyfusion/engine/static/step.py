@@ -76,7 +76,7 @@ class StaticStep:
         guided_RV = guidance.combine(
             full_RV, logits_RV[image_only_R], logits_RV[unconditional_R], text_R1, image_R1
         )
-        # A request of one branch has nothing to mix.
+        # A request of one branch has nothing to combine.
         return torch.where((full_R == unconditional_R)[:, None], full_RV, guided_RV)
 
     def _columns(self, rows: Rows, logits_RV: Tensor, kind: Kind) -> Tensor:

@@ -1,7 +1,8 @@
-"""Bursts of a model on several processes: the message of the first, and the steps of the others.
+"""Bursts of a tensor-parallel model: the message of the first process, and the steps of the others.
 
 Only the first process samples. The message of a burst holds the block tables of its rows. Each step
-then broadcasts tokens and positions (`layers.py`), so the host sends nothing during a burst.
+then broadcasts embedded tokens and positions (`layers.py`), so the host sends nothing during a
+burst.
 
 Shapes: R rows, W blocks of a table.
 """
@@ -47,7 +48,7 @@ class Burst(NamedTuple):
         return cls(Shape(rows, Kind(bool(only_codes), bool(greedy))), steps, tables)
 
 
-class FollowedBursts:
+class FollowerBursts:
     """The static steps of a process that follows the first. The last block of its cache is the
     spare one."""
 
