@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 IMAGE = "<image>"
 """The token that marks the place of an image in a grammar."""
 _MAX_COMPILED = 64  # compiled schemas, expressions and grammars of one model
-# llguidance follows rules and references by recursion, and some thousands in a chain overflow the
-# stack, which ends the process. (what is counted, its name, the limit)
+# llguidance follows rules and references by recursion: a chain of some thousands overflows the
+# stack, which ends the process. By field: the text that is counted, its name in the error, the
+# limit.
 _CHAIN_LIMITS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
 # Only the blanks of Python's json.dumps: if any blanks were allowed, a model might generate them
 # forever.
@@ -72,13 +73,10 @@ class Constraint:
         vocabulary = processor.vocabulary
         self.name, self._matcher = source.name, _compilers.matcher(processor, source)
         self._grammar_places_images = source.name == "grammar" and IMAGE in source.text
-        self._begin, self._end, self._eos = (
-            vocabulary.begin_image,
-            vocabulary.end_image,
-            vocabulary.eos,
-        )
+        self._begin, self._end = vocabulary.begin_image, vocabulary.end_image
+        self._eos = vocabulary.eos
         self._ends = sorted({vocabulary.eos, *request.stops})
-        self._read = len(request.ids)
+        self._num_followed = len(request.ids)
         self._in_image = self._image_begun = self._text_begun = self._text_closed = False
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
@@ -91,9 +89,9 @@ class Constraint:
     def allowed(self, ids: Sequence[int], size: int) -> Tensor | None:
         """The tokens that may come next, bool [V]; None in an image. Raises `SettingError` if
         llguidance gives up."""
-        for token in ids[self._read :]:
+        for token in ids[self._num_followed :]:
             self._follow(token)
-        self._read = len(ids)
+        self._num_followed = len(ids)
         return None if self._in_image else torch.from_numpy(self._allowed(size))
 
     def _follow(self, token: int) -> None:
@@ -113,7 +111,8 @@ class Constraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise SettingError(
-                f"{self.name} takes too long to follow after {self._read:,} tokens: simplify it"
+                f"{self.name} takes too long to follow after {self._num_followed:,} tokens: "
+                "simplify it"
             )
         allowed = np.zeros(size, dtype=np.bool_)
         unpacked = np.unpackbits(bits, bitorder="little")[:size]
@@ -156,10 +155,10 @@ class _Compiler:
                 "installed: pip install 'earlyfusion[structured]'"
             ) from None
         self._library = llguidance
-        self._tokenizer = self._read(processor)
+        self._tokenizer = self._make_tokenizer(processor)
         self._matchers: OrderedDict[_Source, LLMatcher] = OrderedDict()
 
-    def _read(self, processor: Processor) -> LLTokenizer:
+    def _make_tokenizer(self, processor: Processor) -> LLTokenizer:
         wrapper = self._library.TokenizerWrapper(_LLGuidanceVocabulary(processor))
         return self._library.LLTokenizer(wrapper, eos_token=processor.vocabulary.eos)
 

@@ -171,7 +171,7 @@ class EventBuilder:
     def _preview(self, done: int) -> ImagePreview:
         # An unfinished image is shorter than its template.
         pairs = zip(self._image_tokens, self._grammar_state.grammar.template, strict=False)
-        code_tokens = [token for token, slot in pairs if slot == CODE]
+        code_tokens = [token for token, expected in pairs if expected == CODE]
         tokens = np.array(code_tokens + code_tokens[-1:] * (self._layout.num_codes - done))
         codes = self._vocabulary.tokens_to_codes(tokens)
         return ImagePreview(self._images, done, codes.reshape(self._layout.height, -1))
@@ -192,7 +192,7 @@ class _SegmentText:
         return self._release(self._stream.push(token))
 
     def flush(self) -> str:
-        """The text still held back at the end of a segment; the next segment starts afresh."""
+        """The text still held back at the end of a segment; resets the state for the next one."""
         rest = "" if self._stream is None else self._stream.flush()
         text = self._release(rest) + ("" if self.stopped else self._pending)
         self._stream, self._pending = None, ""
@@ -215,11 +215,12 @@ class _SegmentText:
 
 
 def unfinished_word(text: AnyStr, words: Sequence[AnyStr]) -> AnyStr:
-    """The longest end of a text with which a longer one of the sorted `words` begins."""
+    """The longest suffix of a text that is a proper prefix of one of the sorted `words`; empty if
+    there is none."""
     longest = max(map(len, words), default=1) - 1
     for start in range(max(len(text) - longest, 0), len(text)):
         end = text[start:]
-        # In order, the words that begin with it and are longer stand right behind it.
+        # In sorted order, the longer words that begin with `end` come right after it.
         at = bisect_right(words, end)
         if at < len(words) and words[at].startswith(end):
             return end

@@ -58,7 +58,7 @@ class Grammar:
         self.codes_ahead = _consecutive_codes(template)
         self.fixed = [None if token == CODE else token for token in template]
         self._done = len(template)
-        self._stops = torch.tensor(ends).to(device)
+        self._ends = torch.tensor(ends).to(device)
         self._classes_KV, self._class_of_slot = classes_KV.to(device), class_of_slot.to(device)
 
     @property
@@ -92,7 +92,7 @@ class Grammar:
         slot_B, images_left_B, tokens_left_B, text_allowed_B = state_BF.unbind(-1)
         done_B = slot_B == self._done
         begins_B = (slot_B == 0) & (token_B == self.begin_image)
-        stops_B = (slot_B == 0) & torch.isin(token_B, self._stops)
+        stops_B = (slot_B == 0) & torch.isin(token_B, self._ends)
         slot_B = torch.where((slot_B > 0) | begins_B, (slot_B + 1) % self._done, slot_B)
         images_left_B = images_left_B - begins_B.long()
         tokens_left_B = tokens_left_B - 1
@@ -134,12 +134,12 @@ def _consecutive_codes(template: Sequence[int]) -> list[int]:
 
 
 def _slot_classes(
-    vocabulary: Vocabulary, template: Sequence[int], stops: Sequence[int], size: int
+    vocabulary: Vocabulary, template: Sequence[int], ends: Sequence[int], size: int
 ) -> tuple[Tensor, Tensor]:
     """Allowed ids per class of slots, and the class of each slot; the last is "done"."""
     ids: dict[str | int, list[int]] = {
-        "text": [*vocabulary.text_tokens.tolist(), *stops],
-        "done": list(stops),
+        "text": [*vocabulary.text_tokens.tolist(), *ends],
+        "done": list(ends),
         CODE: vocabulary.image_tokens.tolist(),
     }
     for token in template[1:]:

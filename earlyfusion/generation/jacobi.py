@@ -10,12 +10,13 @@ kept if it is the likeliest code, and the codes equal those sampled one at a tim
 
 The rule is that of speculative sampling, used as in Teng et al., "Accelerating Auto-regressive
 Text-to-Image Generation with Training-free Speculative Jacobi Decoding" (arXiv 2410.01699), with
-one change: the paper samples afresh behind the first draft that changes; here the rule decides at
-all positions, which changes fewer drafts per pass.
+one change: after the first draft that changes, the paper samples all positions anew; here the rule
+decides at all positions, which changes fewer drafts per pass.
 
-Why it is exact: a position depends on the positions before it and on its own random numbers. Given
-the former, each pass turns a sample of one known distribution into a sample of the next. Once the
-positions before it are final, its newest distribution is the model's own.
+Why it is exact: the code at a position depends only on the codes before it and on the random
+numbers of this position. As long as the codes before it stay the same, each pass turns a sample of
+one known distribution into a sample of the next. Once they are final, the newest distribution is
+the model's.
 """
 
 # Shapes: W positions of a window, R rows (positions of several windows), V codes.

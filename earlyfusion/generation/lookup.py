@@ -1,9 +1,10 @@
 """Prompt lookup: the next tokens of text are guessed from earlier text of the same sequence.
 
-If the last tokens have occurred before, those that followed them then are read behind the newest
-token, all in one step. Each position is sampled with the uniform number that it would have anyway.
-Up to the first wrong guess, and including the token sampled in its place, the tokens equal those
-sampled one at a time; the rest is thrown away. So the reply is the same with and without lookup.
+If the last tokens have occurred before, the tokens that followed them there are drafts: one step
+computes them together with the newest token. Each position is sampled with the uniform number that
+it would have anyway. Up to the first wrong draft, and including the token sampled in its place, the
+tokens equal those sampled one at a time; the rest is discarded. So the reply is the same with and
+without lookup.
 
 The idea is prompt lookup decoding, an n-gram form of speculative decoding (Leviathan et al., "Fast
 Inference from Transformers via Speculative Decoding", arXiv 2211.17192).
@@ -22,7 +23,7 @@ class Lookup:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._end_of_ngram: dict[tuple[int, ...], int] = {}  # index behind its last occurrence
+        self._end_of_ngram: dict[tuple[int, ...], int] = {}  # index after its last occurrence
         self._indexed = 0
 
     def guess(self, history: Sequence[int]) -> list[int]:

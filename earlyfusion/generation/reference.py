@@ -83,7 +83,7 @@ def _grammar(transformer: Transformer, processor: Processor, request: Request) -
 
 
 class Reader:
-    """One sequence: its cache, and the logits behind the tokens it has read."""
+    """One sequence and its cache."""
 
     def __init__(self, transformer: Transformer, length: int) -> None:
         dtype, self._device = dtype_and_device(transformer)
@@ -92,9 +92,8 @@ class Reader:
         self._read = 0
 
     def read(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> Tensor:
-        """Append tokens to the sequence; logits [1, V] in fp32 of the next token. Drafts are read
-        behind them, each adding a row of logits, but not appended: the next tokens overwrite them.
-        """
+        """Append tokens to the sequence; logits [1, V] in fp32 of the next token. Drafts come after
+        them and each add a row of logits, but are not appended: the next tokens overwrite them."""
         # This reader's cache has one slot.
         tokens_BT = torch.tensor([[*tokens, *drafts]], device=self._device)
         slot_B = torch.zeros(1, dtype=torch.int64, device=self._device)

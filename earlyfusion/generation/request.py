@@ -24,8 +24,8 @@ class Request:
     `sampling` is resolved and has a seed; `max_images` and `max_tokens` here, not those of
     `sampling`, are the limits of the reply. `stops` are ids besides eos that end it. An
     `ImagePreview` is sent after every `preview_every` codes of an image, never if 0. `layout`
-    spells the images to be generated, None for the model's own. `adapter` names the weights that
-    answer, "" for the model's own.
+    spells the images to be generated, None for the model's own. `adapter` names the adapter to
+    use, "" for none.
     """
 
     ids: Sequence[int]
@@ -83,7 +83,7 @@ class ImageProgress:
 
 @dataclass(frozen=True, eq=False)
 class ImagePreview:
-    """An image in the making, sent if the request asks for it. Of its codes, int64 [h, w], the
+    """An unfinished image, sent if the request asks for it. Of its codes, int64 [h, w], the
     first `codes_done` in raster order are final; the others repeat the last one. In events of a
     `Chameleon`, `pil` has its pixels, grey where there is nothing yet."""
 

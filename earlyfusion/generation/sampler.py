@@ -74,17 +74,15 @@ class SamplingTensors:
     def where(self, chosen_B: Tensor, other: SamplingTensors) -> SamplingTensors:
         """These settings in the chosen rows, the other's elsewhere."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return SamplingTensors(*(torch.where(chosen_B, mine, others) for mine, others in pairs))
+        return SamplingTensors(*(torch.where(chosen_B, a_B, b_B) for a_B, b_B in pairs))
 
 
 class Sampler:
     """Samples for a batch of requests with resolved `SamplingParams`, one per row."""
 
     def __init__(self, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
-        self._text, self._image = (
-            SamplingTensors.text(rows, device),
-            SamplingTensors.image(rows, device),
-        )
+        self._text = SamplingTensors.text(rows, device)
+        self._image = SamplingTensors.image(rows, device)
 
     def sample(
         self,

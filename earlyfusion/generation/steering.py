@@ -178,7 +178,8 @@ class Words:
         return b"".join(reversed(pieces))
 
     def _bad_tokens(self, end: bytes) -> Iterator[int]:
-        # A token completes a bad word that the text has begun, or contains a whole one itself.
+        """The tokens that contain a bad word, or complete one that the text has begun with `end`;
+        some may come twice."""
         yield from self._tokens_with_bad_words
         ends = (end[at:] for at in range(len(end)))
         rests = tuple(w[len(e) :] for e in ends for w in self._bad if w.startswith(e))
@@ -207,8 +208,8 @@ class Words:
         """What is left of each of these rests after a text, which may go on with other words; empty
         if the text fits none of them."""
         rests_left: set[bytes] = set()
-        # Where a word may begin: words such as "New", "York" and "New York" have several ways to
-        # each of these places, whose number grows exponentially.
+        # A set of the indices where a word may begin, instead of the ways to split the text into
+        # words: with "New", "York" and "New York" their number grows exponentially.
         begins = {0}
         for at in range(len(text) or 1):
             if at not in begins:
