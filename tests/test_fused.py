@@ -424,7 +424,7 @@ def test_other_tables_of_rotation_are_torch_s(kind: str, compiled: bool) -> None
     x_BTNH = torch.randn(2, 5, 4, 16).bfloat16().requires_grad_()
     rotary = Rotary(*torch.randn(2, 2, 1 if kind == "one position" else 5, 1, 16))
     rotary.cos.requires_grad_(kind == "learned")
-    out = layer._positioned(x_BTNH, layer.q_norm, rotary)
+    out = layer._norm_and_rotate(x_BTNH, layer.q_norm, rotary)
     torch.testing.assert_close(out, rotate(layer.q_norm(x_BTNH), rotary).bfloat16())
     out.sum().backward()
     assert kind != "learned" or rotary.cos.grad is not None

@@ -4,7 +4,8 @@ request.
 A back end runs the transformer: on a CPU compiled code (`backends/cpu.py`); elsewhere, or without a
 compiler, fused products in torch (`backends/torch.py`). A transformer with hooks or modules of
 other classes is run by calling its modules (`backends/modules.py`). On a CUDA device, steps without
-prefill run in bursts (`static/bursts.py`)."""
+prefill run in bursts (`static/bursts.py`).
+"""
 
 from __future__ import annotations
 

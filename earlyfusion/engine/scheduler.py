@@ -5,7 +5,8 @@ A request has one branch for text, two or three while it generates a guided imag
 its tokens, and how many of them are computed, with keys and values in its blocks. So prefill in
 chunks, decoding, and computing again after a preemption are one case: a branch has pending tokens.
 Requests are served by priority, then by arrival. A `Plan` is what one step does; a `Step`
-concatenates its tokens, in the same way for all back ends."""
+concatenates its tokens, in the same way for all back ends.
+"""
 
 from __future__ import annotations
 

@@ -396,7 +396,7 @@ def _tables_fit(rotary: Rotary, x_BTNH: Tensor) -> bool:
 
 
 class Attention(transformer.Attention):
-    def _positioned(self, x_BTNH: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
+    def _norm_and_rotate(self, x_BTNH: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
         fused = (
             x_BTNH.dtype is torch.bfloat16
             and is_cpu_training(x_BTNH, *norm.parameters(), *rotary)
@@ -407,7 +407,7 @@ class Attention(transformer.Attention):
         )
         if fused:
             return rotated_head_norm(x_BTNH, cast("transformer.HeadNorm", norm), rotary)
-        return super()._positioned(x_BTNH, norm, rotary)
+        return super()._norm_and_rotate(x_BTNH, norm, rotary)
 
 
 class FeedForward(transformer.FeedForward):

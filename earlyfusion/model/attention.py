@@ -84,11 +84,11 @@ def document_attends(document_BT: Tensor) -> tuple[Attend | None, Attend | None]
     if it does not work here), and a fallback for any dtype (None if autocast never needs it)."""
     device_type = document_BT.device.type
     kernel = varlen_kernel(device_type)
-    half = VarlenAttend(document_BT, kernel) if kernel is not None else None
+    varlen = VarlenAttend(document_BT, kernel) if kernel is not None else None
     autocasts = torch.is_autocast_enabled(device_type)
-    if half is not None and autocasts and torch.get_autocast_dtype(device_type) in _HALF_DTYPES:
-        return half, None
-    return half, _fallback_attend(document_BT)
+    if varlen is not None and autocasts and torch.get_autocast_dtype(device_type) in _HALF_DTYPES:
+        return varlen, None
+    return varlen, _fallback_attend(document_BT)
 
 
 def _fallback_attend(document_BT: Tensor) -> Attend:
@@ -227,14 +227,12 @@ def document_block_mask(document_BT: Tensor, size: int = 128) -> BlockMask:
     number_BT = _document_starts(document_BT).cumsum(1)
     first_BI = number_BT[:, ::size]
     last_BI = number_BT[:, torch.arange(size - 1, tokens + size - 1, size).clamp_max(tokens - 1)]
-    before_II = torch.ones(2 * first_BI.shape[1:], device=number_BT.device, dtype=torch.bool).tril(
-        -1
-    )
+    count, device = first_BI.shape[1], document_BT.device
+    before_II = torch.ones(count, count, dtype=torch.bool, device=device).tril(-1)
+    diagonal_II = torch.eye(count, dtype=torch.bool, device=device)
     visible_BII = (last_BI[:, None] >= first_BI[:, :, None]) & before_II
     full_BII = (first_BI[:, None] == last_BI[:, :, None]) & before_II
-    partial_BII = (visible_BII & ~full_BII) | torch.eye(
-        len(before_II), device=number_BT.device
-    ).bool()
+    partial_BII = (visible_BII & ~full_BII) | diagonal_II
     return BlockMask.from_kv_blocks(
         *_kv_block_lists(partial_BII[:, None]),
         *_kv_block_lists(full_BII[:, None]),
@@ -257,9 +255,9 @@ def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -
     heads = [torch.randn(2, 64, n, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
     results = []
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for way in (attend(document_BT), _masked_attend(document_BT)):
+        for candidate in (attend(document_BT), _masked_attend(document_BT)):
             q, k, v = (h.detach().clone().requires_grad_() for h in heads)
-            out = way(q, k, v)
+            out = candidate(q, k, v)
             out.float().square().sum().backward()
             results.append([t.float() for t in (out, q.grad, k.grad, v.grad) if t is not None])
     return all(

@@ -102,7 +102,7 @@ class _AttentionMetadata(NamedTuple):
     targets: tuple[Tensor, Tensor]  # slot and position of each
     slots: Tensor | slice
     end: int  # attention sees the positions before it
-    mask: Tensor | None
+    mask: Tensor | None  # [B, 1, T, end], True where a token may attend
     causal: bool
 
 

@@ -1,10 +1,11 @@
 """Rotary positions: how far each pair of a head's entries is rotated at a position.
 
 The types are transformers', with the names of its `rope_parameters`: default; linear (positions
-divided by `factor`); proportional (only some pairs are rotated); llama3, yarn (arXiv 2309.00071)
-and longrope (arXiv 2402.13753), which slow the slow pairs; dynamic, which slows all pairs beyond
-the trained length. The angles of dynamic and longrope depend on the length of the sequence at the
-time of the call; cached keys keep the rotation they got.
+divided by `factor`); proportional (only some pairs are rotated); llama3 and yarn (arXiv
+2309.00071), which reduce the low frequencies; longrope (arXiv 2402.13753), with a factor for each
+pair; dynamic, which raises the base once a sequence is longer than the trained length. The angles
+of dynamic and longrope depend on the length of the sequence at the time of the call; cached keys
+keep their rotation.
 """
 
 # Shapes: B batch, T tokens, H head width.
@@ -153,7 +154,7 @@ def _dynamic(
 def _llama3(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    """Slow pairs are slowed by `factor`, fast ones stay, those between are blended."""
+    """Low frequencies are divided by `factor`, high ones stay, those between are interpolated."""
     frequencies = _default(config, scaling, device, length)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = frequencies * (_trained_length(config) / (2 * math.pi))  # within the trained length
@@ -164,7 +165,8 @@ def _llama3(
 def _yarn(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    """Like llama3, but blended linearly over the pairs, with limits given in turns."""
+    """Like llama3, but interpolated linearly over the index of the pair. The limits are the pairs
+    that make `beta_fast` and `beta_slow` turns within the trained length."""
     frequencies = _default(config, scaling, device, length)
     first = _pair_with_turns(config, scaling.get("beta_fast") or 32)
     last = _pair_with_turns(config, scaling.get("beta_slow") or 1)
@@ -173,8 +175,8 @@ def _yarn(
     first, last = max(first, 0), min(last, config.head_dim - 1)
     last += 0.001 if first == last else 0.0  # no division by zero
     pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=device)
-    slow = ((pairs - first) / (last - first)).clamp(0.0, 1.0)
-    return frequencies / _context_factor(config, scaling) * slow + frequencies * (1.0 - slow)
+    share = ((pairs - first) / (last - first)).clamp(0.0, 1.0)  # of the divided frequency
+    return frequencies / _context_factor(config, scaling) * share + frequencies * (1.0 - share)
 
 
 def _longrope(

@@ -91,12 +91,12 @@ class Attention(nn.Module):
         q_BTNH = self.q_proj(x_BTD).view(heads)
         k_BTKH = self.k_proj(x_BTD).view(heads)
         v_BTKH = self.v_proj(x_BTD).view(heads)
-        q_BTNH = self._positioned(q_BTNH, self.q_norm, rotary)
-        k_BTKH = self._positioned(k_BTKH, self.k_norm, rotary)
+        q_BTNH = self._norm_and_rotate(q_BTNH, self.q_norm, rotary)
+        k_BTKH = self._norm_and_rotate(k_BTKH, self.k_norm, rotary)
         out: Tensor = self.o_proj(attend(q_BTNH, k_BTKH, v_BTKH).flatten(2))
         return out
 
-    def _positioned(self, x_BTNH: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
+    def _norm_and_rotate(self, x_BTNH: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
         return rotate(norm(x_BTNH), rotary).to(x_BTNH.dtype)
 
 
