@@ -27,7 +27,7 @@ from earlyfusion.content import (
     Part,
     Text,
     as_messages,
-    fill_unopened,
+    insert_images,
     read_parts,
     read_turns,
 )
@@ -137,7 +137,7 @@ def _turns(entry: dict[str, Any], folder: Path) -> list[tuple[Any, list[Part]]]:
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise PromptError("its images are not a list of paths: give a list, even of one")
     if isinstance(prompt, str):
-        return [("user", list(fill_unopened(prompt, [folder / image for image in images])))]
+        return [("user", list(insert_images(prompt, [folder / image for image in images])))]
     if images:
         raise PromptError("its images have no place: only a prompt that is a text takes them")
     if isinstance(prompt, list) and any(isinstance(p, dict) and "role" in p for p in prompt):

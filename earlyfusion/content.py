@@ -187,11 +187,11 @@ def as_messages(prompt: Prompt) -> list[Message]:
 def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
     """Parts of a text in which `<image>` marks the place of each image. Without any mark the
     images come first. Raises `PromptError` if the numbers of marks and images differ."""
-    return _to_segments(fill_unopened(text, [Image.of(image) for image in images]))
+    return _to_segments(insert_images(text, [Image.of(image) for image in images]))
 
 
-def fill_unopened(text: str, images: Sequence[ImageT]) -> list[str | ImageT]:
-    """`fill_placeholders` for images of any type, which are not opened."""
+def insert_images(text: str, images: Sequence[ImageT]) -> list[str | ImageT]:
+    """As `fill_placeholders`, but for images of any type, which are inserted as they are."""
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
         pieces = [""] * len(images) + [text]
@@ -551,7 +551,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 def _apply_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # as above
+    except Exception:  # damaged metadata, as in `_orientation`
         return image
 
 

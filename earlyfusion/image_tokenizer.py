@@ -1,6 +1,8 @@
-"""Images <-> codes around the VQ-GAN (arXiv 2405.09818, section 2.1). The steps are those of
-Meta's released code, to the bit: Lanczos to a shorter side of `resolution`, centre crop, and u8 /
-255 * 2 - 1 in float64 before float32."""
+"""Images <-> codes around the VQ-GAN (arXiv 2405.09818, section 2.1).
+
+Pixels equal those of Meta's released code to the bit: Lanczos resampling to a shorter side of
+`resolution`, a centre crop, and uint8 / 255 * 2 - 1 in float64, rounded to float32.
+"""
 
 # Shapes: n images, C channels, Y X height and width in pixels, h w in codes.
 
@@ -29,7 +31,7 @@ MAX_SQUARE = math.isqrt(MAX_PIXELS)
 # Pixels through the network at once: one or eight images of 512 x 512, or more smaller ones.
 _BATCH_PIXELS = 512 * 512
 _BATCH_PIXELS_GPU = 8 * 512 * 512
-# Pixels of a decoded image: for each, the small network of mini takes 500 bytes.
+# The largest image that is decoded: mini's network takes 500 bytes per pixel, larger ones more.
 MAX_DECODED_PIXELS = 2048 * 2048
 
 
@@ -97,7 +99,7 @@ class ImageTokenizer:
         return self.vqgan.codewords.device
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled code cannot be pickled, and a copied network must be compiled anew.
+        # Compiled code cannot be pickled, and a copy must compile its network itself.
         return self.__dict__ | {"_compiled_network": None}
 
     @property
@@ -164,8 +166,8 @@ class ImageTokenizer:
         if plain or isinstance(vqgan, MissingVQGAN):
             return vqgan.encode(pixels_nCYX)
         with self._autocast(self.encode_precision):
-            latents_nCyx = self._parts(vqgan).latents(pixels_nCYX)
-        # Rounded latents are compared with the codewords in the codebook's own dtype.
+            latents_nCyx = self._network(vqgan).latents(pixels_nCYX)
+        # Latents rounded to bf16 are compared with the codewords in the codebook's dtype.
         return vqgan.nearest_codes(latents_nCyx.to(dtype))
 
     @torch.no_grad()
@@ -181,13 +183,13 @@ class ImageTokenizer:
         if not self.compiled or isinstance(vqgan, MissingVQGAN):
             return vqgan.decode(codes_nhw)
         vqgan.check_codes(codes_nhw)
-        return self._parts(vqgan).pixels(vqgan.embed(codes_nhw))
+        return self._network(vqgan).pixels(vqgan.embed(codes_nhw))
 
     def _autocast(self, precision: str) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def _parts(self, vqgan: VQGAN) -> VQGAN | _Compiled:
-        """The network, or its compiled form."""
+    def _network(self, vqgan: VQGAN) -> VQGAN | _Compiled:
+        """The VQ-GAN, or its compiled form."""
         if not self.compiled:
             return vqgan
         if self._compiled_network is None or self._compiled_network.vqgan is not vqgan:

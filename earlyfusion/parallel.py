@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 -m earlyfusion train pretrain_7b ...
 
 The mesh has three axes, `replicas` x `shard` x `tensor`. Parameters are split over `tensor` by
-heads, columns and vocabulary (with the states between the branches split over the sequence), and
-over `shard` by rows (FSDP2); `replicas` hold the same weights (HSDP). The first two axes are the
-data ranks: each reads its own rows of the global batch. Plain `python`, and `torchrun` with one
-process, have no mesh, and nothing here has an effect.
+heads, columns and vocabulary (with the residual stream split over the sequence), and over `shard`
+by rows (FSDP2); `replicas` hold the same weights (HSDP). The first two axes are the data ranks:
+each reads its own rows of the global batch. Plain `python`, and `torchrun` with one process, have
+no mesh: then only activation checkpointing and compilation have an effect.
 
 Two other files say how a model is split, because they need other splits in other forms:
 `engine/tensor_parallel.py` splits checkpoints into plain modules for generation, and
@@ -53,9 +53,10 @@ class ParallelConfig:
     shard: int = 0
     """Processes that share one copy of the weights, times `tensor` (0: all that there are)."""
     checkpointing: str = "none"
-    """What the backward pass computes again: none, selective (all but products) or full (all)."""
+    """What the backward pass recomputes: none, selective (all but products and attention) or full
+    (all)."""
     checkpointing_every: int = 1
-    """Only in one of so many blocks, the first of them; the others keep everything."""
+    """Recompute only in every n-th block, from the first on; the others keep everything."""
 
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:
@@ -106,6 +107,7 @@ def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
 
 
 def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """The data rank of this process, and the number of data ranks."""
     if mesh is None:
         return 0, 1
     shards = mesh[SHARD].size()
@@ -146,15 +148,15 @@ def parallelize(
     # The order matters: each call wraps the result of the previous ones.
     apply_tensor_parallel(model, mesh)
     checkpoint_activations(model, config.checkpointing, config.checkpointing_every)
-    # Not one graph per block on a CPU, where attention loops over documents of changing number, nor
-    # with split layers, whose branches communicate.
+    # A block is not one graph on a CPU, where attention loops over a varying number of documents,
+    # nor with tensor parallelism, whose layers communicate.
     compile_blocks(model, compiled, _is_on_gpu(model, mesh) and config.tensor == 1)
     apply_fsdp(model, mesh, dtype)
 
 
 def tensor_plan() -> dict[str, ParallelStyle]:
-    """How each module is split over the axis `tensor`, by name. Between the branches, states [B, T,
-    D] are split along T (sequence parallelism); within a branch, by heads or columns."""
+    """How each module is split over the axis `tensor`, by name. The residual stream [B, T, D] is
+    split along T (sequence parallelism); attention and feed-forward by heads or columns."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -164,7 +166,7 @@ def tensor_plan() -> dict[str, ParallelStyle]:
     )
 
     by_token, whole = Shard(1), Replicate()
-    gathered = PrepareModuleInput(  # gathers states; the rotary tables and `attend` are not split
+    gather_states = PrepareModuleInput(  # the rotary tables and `attend` are not split
         input_layouts=(by_token, None, None), desired_input_layouts=(whole, None, None)
     )
     block = "model.layers.*."
@@ -172,7 +174,7 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         # Each process looks up the tokens in its part of the vocabulary; the sum is scattered.
         "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=by_token),
         block + "input_layernorm": SequenceParallel(use_local_output=True),
-        block + "self_attn": gathered,
+        block + "self_attn": gather_states,
         block + "self_attn.q_proj": ColwiseParallel(),
         block + "self_attn.k_proj": ColwiseParallel(),
         block + "self_attn.v_proj": ColwiseParallel(),
@@ -241,14 +243,14 @@ def check_split(config: ModelConfig, count: int) -> None:
 
 
 def checkpoint_activations(model: Transformer, mode: str, every: int = 1) -> None:
-    """Activation checkpointing: the backward pass recomputes one in `every` blocks instead of
-    keeping what is within it."""
+    """Activation checkpointing: in every `every`-th block the backward pass recomputes the
+    activations instead of keeping them."""
     if mode == "none":
         return
     for block in model.model.layers[::every]:
         selective: dict[str, Any] = {}
         if mode == "selective":
-            selective["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+            selective["context_fn"] = partial(create_selective_checkpoint_contexts, _save_policy)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
 
 
@@ -271,19 +273,20 @@ def _saved_operations() -> frozenset[Any]:
     )
 
 
-def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _save_policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operation in _saved_operations():
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(model: Transformer, compiled: bool, whole: bool = False) -> None:
-    """Compile each block by itself; `whole` refuses a block that would take more than one graph."""
+def compile_blocks(model: Transformer, compiled: bool, fullgraph: bool = False) -> None:
+    """Compile each block by itself. With `fullgraph`, torch refuses a block that would take more
+    than one graph."""
     if compiled:
         # One graph serves all blocks, as none knows its number: an attribute `layer_idx` would be a
-        # constant of the graph, which would then be compiled anew for each block.
+        # constant of the graph, which would then be recompiled for each block.
         for block in model.model.layers:
-            block.forward = torch.compile(block.forward, fullgraph=whole)
+            block.forward = torch.compile(block.forward, fullgraph=fullgraph)
 
 
 def _is_on_gpu(model: Transformer, mesh: DeviceMesh | None) -> bool:
@@ -330,7 +333,8 @@ def _unsharded(model: Transformer, mesh: DeviceMesh) -> set[nn.Parameter]:
 
 
 class VocabularySlice(NamedTuple):
-    """This process holds the rows of the head from `first` on; `group` holds all of them."""
+    """The rows of the head that this process holds, from vocabulary id `first` on; the processes of
+    `group` together hold all rows."""
 
     first: int
     group: dist.ProcessGroup
@@ -345,7 +349,8 @@ class VocabularySlice(NamedTuple):
 
 
 def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, VocabularySlice | None]:
-    """States of all positions, this process's rows of the head, and which these are (None: all)."""
+    """The hidden states of all positions, this process's rows of the head, and which rows these are
+    (None: all)."""
     if processes.count() == 1:
         return x_BTD, head_VD, None
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -381,7 +386,8 @@ def materialize(model: Transformer, device: torch.device) -> None:
 
 
 def _whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters to fill; when the next one is requested, the model has taken its shard."""
+    """Whole parameters for the caller to fill. When it asks for the next one, the model copies its
+    shard of the last."""
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.shape, device=parameter.device, dtype=parameter.dtype)
         yield name, whole

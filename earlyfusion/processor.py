@@ -127,9 +127,8 @@ class Processor:
         """The ids of a draft, with these codes spelled as its images, in order."""
         ids, remaining_codes = list(draft.ids), iter(codes)
         for start, end, _ in draft.spans:
-            if (
-                ids[start] == CODE
-            ):  # `_spell_or_reserve` fills the whole span with it, markers included
+            # `_spell_or_reserve` fills a whole span with CODE, so its first id shows it.
+            if ids[start] == CODE:
                 ids[start:end] = self.layout.spell(next(remaining_codes), self.vocabulary)
         return ids
 
@@ -153,7 +152,7 @@ class Processor:
         return _utf8_decoder().decode(b"".join(self._bytes.get(int(t), b"") for t in tokens))
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a text token, maybe a part of a character; b"" for other tokens."""
+        """The UTF-8 bytes of a text token, which may end within a character; b"" for others."""
         return self._bytes.get(token, b"")
 
     def token_text(self, token: int) -> str:
