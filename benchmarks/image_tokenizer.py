@@ -32,7 +32,7 @@ from earlyfusion.bench.harness import heading, line, medians, seconds, take_turn
 from earlyfusion.bench.shapes import random_images, random_vqgan
 from earlyfusion.config import PRESETS
 from earlyfusion.kernels import vqgan as fast
-from earlyfusion.kernels.conv import left_out
+from earlyfusion.kernels.conv import torch_convolutions
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN
 
@@ -64,7 +64,7 @@ def encoders(vqgan: VQGAN, pixels: Tensor) -> dict[str, Contender]:
 
 def decoders(vqgan: VQGAN, codes: Tensor) -> dict[str, Contender]:
     def torchs() -> Tensor:
-        with left_out():
+        with torch_convolutions():
             return vqgan.decode(codes)
 
     def lean() -> Tensor:

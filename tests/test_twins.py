@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from earlyfusion.config import PRESETS
 from earlyfusion.engine.module_tree import is_plain
-from earlyfusion.kernels.conv import left_out
+from earlyfusion.kernels.conv import torch_convolutions
 from earlyfusion.kernels.twins import TWINS, accelerate, original_class
 from earlyfusion.model.quantise import quantise
 from earlyfusion.model.transformer import RMSNorm, Transformer
@@ -73,7 +73,7 @@ def test_elsewhere_the_results_are_the_original_s(way: str) -> None:
         plain, fast, pixels = plain.double(), fast.double(), pixels.double()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
         if way == "left out":
-            with left_out():
+            with torch_convolutions():
                 assert equal(results(plain, pixels), results(fast, pixels))
         else:
             assert equal(results(plain, pixels), results(fast, pixels))
@@ -101,7 +101,7 @@ def test_strangers_and_hooks_stay_and_are_called() -> None:
 def test_traced_and_exported_it_is_the_original() -> None:
     plain, fast = (m.get_submodule("encoder") for m in both())
     pixels = torch.rand(1, 3, 16, 16)
-    with torch.no_grad(), left_out():
+    with torch.no_grad(), torch_convolutions():
         expected = plain(pixels)
     with torch.no_grad():
         exported = torch.export.export(fast, (pixels,)).module()

@@ -39,7 +39,7 @@ from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import Output, SamplingParams
-from earlyfusion.kernels.cpu_step import own_bits
+from earlyfusion.kernels.cpu_step import weight_bits
 from earlyfusion.model.quantise import PackedLinear
 from earlyfusion.train.monitor import matmul_peak
 
@@ -304,7 +304,7 @@ class Meter:
         head = transformer.lm_head.weight
         grammar = Grammar(self.model.processor.vocabulary, self.layout)
         rows = len(grammar.code_ids if image else grammar.text_ids)
-        bits = own_bits(transformer) or 8 * head.itemsize
+        bits = weight_bits(transformer) or 8 * head.itemsize
         values = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * head.itemsize
         return sum(_linear_bytes(transformer)) + rows * head.shape[1] * bits / 8 + values * context
 

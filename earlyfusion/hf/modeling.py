@@ -49,7 +49,7 @@ from earlyfusion.hf.generation import MultimodalGeneration
 from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
 from earlyfusion.hf.quantisation import choose_layout, footprint, restore_layout
 from earlyfusion.hf.tensor_parallel import HEAD, check_processes
-from earlyfusion.kernels.conv import left_out
+from earlyfusion.kernels.conv import torch_convolutions
 from earlyfusion.kernels.fused import Attention
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.rotary import (
@@ -379,7 +379,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
             return self._encode(pixel_values)
 
     def _encode(self, pixel_values: Tensor) -> ChameleonVQVAEModelOutput:
-        with left_out():
+        with torch_convolutions():
             hidden = self.encoder(pixel_values.to(self.quant_conv.weight.dtype))
             quantized, loss, codes = self.quantize(self.quant_conv(hidden))
         return ChameleonVQVAEModelOutput(

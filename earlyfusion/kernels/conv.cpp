@@ -3,7 +3,7 @@
 // and the factors of a group norm.
 //
 // Each value is computed by the same instructions in the same order, whatever the number of threads
-// and the other pictures are.
+// and the other images of the batch.
 //
 // 3 x 3: a thread has a range of tile rows. A group of tile rows is read once, with norm and swish
 // or upsampling, into `padded_rows`. Then each block of tiles goes through the input transform, the
@@ -246,7 +246,7 @@ void batched_gemm(const float* tiles, const float* filters, float* products, int
 }
 
 // Output transform of a block of tiles, plus bias and `plus`. `row` is the group's first tile row,
-// counted over all pictures. FULL: K is a multiple of 16.
+// counted over all images. FULL: K is a multiple of 16.
 template <bool FULL>
 void transform_outputs(const float* products, const Conv& conv, int64_t row, int64_t first,
                        int64_t count) {
@@ -281,8 +281,8 @@ void transform_outputs(const float* products, const Conv& conv, int64_t row, int
 
 // ---- rows of pixels
 
-// Fills a padded row with a row of pixels of picture `b`, after norm and swish or upsampling,
-// behind one pixel of zeros.
+// Fills a padded row with a row of pixels of image `b`, after norm and swish or upsampling, with
+// one pixel of zeros before it.
 void prepare_row(const Conv& conv, const float* source, int64_t b, float* padded_row) {
   const int64_t C = conv.C;
   if (conv.upsample) {
@@ -410,8 +410,8 @@ extern "C" void earlyfusion_conv1x1(const float* x, const float* weight, const f
   }
 }
 
-// A group norm of x [B, N, C] as scale and shift [B, C] per picture and channel. `sums` is scratch
-// for 2 * B * C doubles per SUM_PIXELS pixels of a picture, rounded up.
+// A group norm of x [B, N, C] as scale and shift [B, C] per image and channel. `sums` is scratch
+// for 2 * B * C doubles per SUM_PIXELS pixels of an image, rounded up.
 extern "C" void earlyfusion_group_norm(const float* x, const float* weight, const float* bias,
                                        float* scale, float* shift, double* sums, double eps,
                                        int64_t B, int64_t N, int64_t C, int64_t groups,
@@ -471,7 +471,7 @@ extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const f
       if (above >= 0) std::memcpy(own_halo, source_row(conv, b, above), bytes);
       if (below < Y) std::memcpy(own_halo + row_size, source_row(conv, end, below), bytes);
     }
-    // Ends with a barrier, so that all halos are copied before anybody writes.
+    // Ends with a barrier, so that all halos are copied before any thread writes.
     transform_filters(conv, filters);
     convolve(conv, filters, from, to, own_halo);
   }

@@ -13,8 +13,8 @@ inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
 - a value depends neither on the number of threads nor on the other images, so that the same codes
   always give the same pixels; therefore 1 x 1 convolutions and the sums of norms are here too:
   torch's differ in the last bit;
-- within `reusing`, new results take the memory of freed ones: in fresh memory each page costs a
-  fault.
+- within `reusing`, new results take the memory of freed ones: fresh memory costs a page fault per
+  page.
 
 `native.py` builds it; `vqgan.py` uses it.
 """
@@ -76,7 +76,7 @@ class _Pool:
 
 
 class _Thread(threading.local):
-    left_out = False
+    uses_torch = False
     pool: _Pool | None = None
 
 
@@ -87,19 +87,20 @@ def available() -> bool:
     return _library() is not None
 
 
-def is_left_out() -> bool:
-    return _thread.left_out
+def uses_torch() -> bool:
+    """Whether this thread is within `torch_convolutions`."""
+    return _thread.uses_torch
 
 
 @contextmanager
-def left_out() -> Iterator[None]:
+def torch_convolutions() -> Iterator[None]:
     """Within it, this thread uses torch's own operators and layout: for callers whose results must
     be rounded exactly as other code rounds them."""
-    before, _thread.left_out = _thread.left_out, True
+    before, _thread.uses_torch = _thread.uses_torch, True
     try:
         yield
     finally:
-        _thread.left_out = before
+        _thread.uses_torch = before
 
 
 @contextmanager
@@ -133,11 +134,14 @@ def conv3x3(
     upsample: bool = False,
     in_place: bool = False,
 ) -> Tensor:
-    """A convolution with a border of one pixel of zeros, [B, Y, X, K], in fp32. C must be a
-    multiple of 16, height and width of the result of 4. `upsample` first doubles each pixel, so the
-    result is [B, 2Y, 2X, K]. `before` and a swish come before the convolution; not with `upsample`.
-    `plus` is added to the result. `in_place` writes the result over `x`, which needs C = K and no
-    `upsample`."""
+    """A convolution with zero padding of one pixel: [B, Y, X, K] in fp32.
+
+    C must be a multiple of 16, height and width of the result multiples of 4. With `upsample`, the
+    input is first upsampled to twice its size (nearest neighbour), so the result is [B, 2Y, 2X, K].
+    With `before`, a norm of these factors and a swish come before the convolution; not possible
+    with `upsample`. `plus` is added to the result. `in_place` writes the result over `x`, which
+    needs C = K and no `upsample`.
+    """
     b, y, x, c = x_BYXC.shape
     y, x = (2 * y, 2 * x) if upsample else (y, x)
     k = len(weight_KC33)

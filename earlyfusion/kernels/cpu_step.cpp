@@ -1,10 +1,11 @@
 // One step of the transformer on a CPU: all layers inside one parallel region.
 //
-// A step has R rows, one new token each, which share each read of the weights. The rows of a prompt
-// have one block table and consecutive positions. Threads share the rows of weights
-// (`RowPartition`). Each has its own copy of the residual stream and of the input of a product, so
-// that a layer needs five barriers: after the products of q, k and v, after attention, its output
-// projection, SwiGLU and the down projection (six if rows share a sequence).
+// A step has R rows, one new token each; the weights are read once for all rows. The rows of a
+// prompt have the same block table and consecutive positions. The rows of a weight matrix are
+// divided among the threads (`RowPartition`). Each thread has its own copy of the residual stream
+// and of the input of a product, so that a layer needs only five barriers: after the products of q,
+// k and v, after attention, its output projection, SwiGLU and the down projection (six if rows
+// share a sequence).
 //
 // The result of a row depends, to the bit, on its token, its position and the keys and values
 // before it: not on the rows beside it, how a prompt was chunked, or the number of threads. For

@@ -2,7 +2,7 @@
 
 The cost of a step of few rows is reading the weights. The compiled step reads them once for all
 rows, in fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns), and spends no
-time between operations. It also reads prompts, so that a token's result is the same to the bit
+time between operations. It also computes prompts, so that a token's result is the same to the bit
 however its prompt is chunked and whatever else is in the step. `native.py` builds it; `available()`
 is False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
 """
@@ -84,8 +84,8 @@ class CpuStep:
         self._embedding = transformer.model.embed_tokens.weight
         # Compiled code only has addresses, so everything that it reads is kept alive here.
         self._held: list[object] = [cache_BL2KSH, scales_BL2KS]
-        self._layers = self._described_layers(transformer, bits)
-        self._model = self._described_model(transformer, cache_BL2KSH, length)
+        self._layers = self._layer_structures(transformer, bits)
+        self._model = self._model_structure(transformer, cache_BL2KSH, length)
         self._model.kv_scales = None if scales_BL2KS is None else scales_BL2KS.data_ptr()
         self.bits = bits
 
@@ -140,7 +140,7 @@ class CpuStep:
         self._library.earlyfusion_sample(rows, len(choices), columns, torch.get_num_threads())
         return list(columns)
 
-    def _described_layers(self, transformer: Transformer, bits: int) -> ctypes.Array[_Layer]:
+    def _layer_structures(self, transformer: Transformer, bits: int) -> ctypes.Array[_Layer]:
         layers = (_Layer * transformer.config.num_hidden_layers)()
         for layer, block in zip(layers, transformer.model.layers, strict=True):
             assert isinstance(block, Block)
@@ -156,7 +156,7 @@ class CpuStep:
                 setattr(layer, f"{name}_bias", self._vector(norm.bias))
         return layers
 
-    def _described_model(self, transformer: Transformer, cache: Tensor, length: int) -> _Model:
+    def _model_structure(self, transformer: Transformer, cache: Tensor, length: int) -> _Model:
         assert cache.is_contiguous()
         config = transformer.config
         rotary, half = rotary_tables(config, torch.arange(length)[None]), config.head_dim // 2
@@ -187,22 +187,22 @@ class CpuStep:
         return copy.data_ptr()
 
 
-def own_bits(transformer: Transformer) -> int | None:
-    """The bits that the model's matrices already have; None if the step cannot read them."""
+def weight_bits(transformer: Transformer) -> int | None:
+    """The bits per weight of the model's matrices; None if the step cannot read them in place."""
     packed = [m.bits for m in _linears(transformer) if isinstance(m, PackedLinear)]
     dense = {torch.float32: 32, torch.bfloat16: 16}
     return packed[0] if packed else dense.get(transformer.lm_head.weight.dtype)
 
 
 def fits(transformer: Transformer, cache_BL2KSH: Tensor) -> bool:
-    """Whether the step can run a model on this cache: silu, no biases, rows in fours, a CPU."""
+    """Whether the step can run a model on this cache: on a CPU, with SiLU and without biases; the
+    rows of its matrices are multiples of 4, the tokens of a block multiples of 16."""
     config, linears = transformer.config, list(_linears(transformer))
     on_cpu = transformer.lm_head.weight.device.type == "cpu"
     plain = all(original_class(m) in _LINEARS and m.bias is None for m in linears)
     heads = (config.num_attention_heads, config.kv_heads)
-    in_fours = (
-        all(n * config.head_dim % 4 == 0 for n in heads) and config.intermediate_size % 4 == 0
-    )
+    sizes = (*(n * config.head_dim for n in heads), config.intermediate_size)
+    in_fours = all(size % 4 == 0 for size in sizes)
     silu = config.hidden_act in ("silu", "swish")
     readable = cache_BL2KSH.dtype in _CACHE_FORMATS and cache_BL2KSH.shape[4] % 16 == 0
     return on_cpu and plain and silu and in_fours and readable

@@ -1,8 +1,8 @@
-"""The operations of a decode step over the paged cache, in torch: what the Triton kernels compute.
+"""The operations of a decode step over the paged cache, defined in torch.
 
-These are the definitions; `kernels/operations.py` chooses between the two. Sums are in fp32,
-rounded once to the dtype of the input. Nothing here waits for the device or branches on a tensor's
-values.
+`kernels/triton/` has a kernel for each; `kernels/operations.py` chooses between the two. Sums are
+in fp32, rounded once to the dtype of the input. Nothing here waits for the device or branches on a
+tensor's values.
 """
 
 # Shapes: R rows of one token each, N query heads, K key and value heads, G = N / K, M = N + 2 K, H
@@ -59,10 +59,10 @@ def attend(q_RNH: Tensor, blocks: LayerBlocks, table_RW: Tensor, lengths_R: Tens
     scores_RKGP = q_RKGH @ k_RKPH.transpose(-1, -2)
     positions_P = torch.arange(k_RKPH.shape[2], device=q_RNH.device)
     beyond_RP = positions_P >= lengths_R[:, None]
-    shares_RKGP = scores_RKGP.masked_fill(beyond_RP[:, None, None], -torch.inf).softmax(-1)
+    probs_RKGP = scores_RKGP.masked_fill(beyond_RP[:, None, None], -torch.inf).softmax(-1)
     # Beyond a row's end the cache may hold NaN, and 0 * NaN is NaN.
     v_RKPH = v_RKPH.masked_fill(beyond_RP[:, None, :, None], 0)
-    return (shares_RKGP @ v_RKPH).flatten(1, 2).to(q_RNH.dtype)
+    return (probs_RKGP @ v_RKPH).flatten(1, 2).to(q_RNH.dtype)
 
 
 def norm_rotate_store(
@@ -100,9 +100,9 @@ def _store(new_R2KH: Tensor, at_R: Tensor, blocks: LayerBlocks, table_RW: Tensor
 
 
 def to_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values in a cache's dtype."""
+    """Keys or values in a cache's dtype; for fp8, larger numbers become the largest one."""
     if dtype == FP8:
-        # Up to 2.11 torch makes NaN of what is larger than the largest number of fp8.
+        # Up to version 2.11 torch turns numbers beyond the range of fp8 into NaN.
         x = x.clamp(-FP8_LARGEST, FP8_LARGEST)
     return x.to(dtype)
 

@@ -5,10 +5,10 @@ code, `training.cpp`, built by `native.py`; its arithmetic is fp32. Without a co
 the attention of long documents have hand-written gradients in torch (`attend_documents` rounds
 scores to bf16, as transformers' eager attention does), and the rest is torch's own.
 
-The twins at the end use them when gradients of plain tensors on a CPU are needed. Otherwise (GPUs,
-split layers, no gradients, traced code, torch.func's transforms, forward-mode AD) they call the
-original. A backward pass that is to be differentiated again, or that is itself transformed, takes
-the gradient of the plain formula.
+The twins at the end (`twins.py`) use them when gradients of plain tensors on a CPU are needed.
+Otherwise (GPUs, split layers, no gradients, traced code, torch.func's transforms, forward-mode AD)
+they call the original. A backward pass that is to be differentiated again, or that is itself
+transformed, is computed by autograd through the plain formula.
 """
 
 # Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head
@@ -76,22 +76,23 @@ def is_transformed(*inputs: Tensor) -> bool:
     )
 
 
-def needs_the_formula(grad: Tensor) -> bool:
-    """Whether a backward pass is to be differentiated again, or is itself transformed."""
+def needs_autograd(grad: Tensor) -> bool:
+    """Whether autograd must compute a backward pass, as it is to be differentiated again or is
+    itself transformed."""
     return torch.is_grad_enabled() or is_transformed(grad)
 
 
-def through_the_formula(
+def autograd_gradients(
     formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `formula(*inputs)` along `grad`, through torch's own operations."""
-    again = torch.is_grad_enabled()
+    """The gradients of `formula(*inputs)` for the output gradient `grad`, by autograd."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases, because one input may depend on another or be the same tensor.
         inputs = tuple(x.view_as(x) for x in inputs)
         out = formula(*inputs)
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
     return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
@@ -132,9 +133,9 @@ class _DocumentAttention(torch.autograd.Function):
         out_NSH = torch.empty_like(q_NSH)
         for tile in tiles:
             first, last, start, _ = tile
-            shares_NQJ = _shares(q_NSH, k_NSH, tile)
-            out_NSH[:, first:last] = torch.bmm(shares_NQJ, v_NSH[:, start:last])
-        # The backward pass computes the shares again: kept, they would be the peak of memory.
+            probs_NQJ = _attention_probs(q_NSH, k_NSH, tile)
+            out_NSH[:, first:last] = torch.bmm(probs_NQJ, v_NSH[:, start:last])
+        # The backward pass recomputes the probabilities: keeping them would need the most memory.
         ctx.save_for_backward(q_NSH, k_NSH, v_NSH)
         ctx.tiles = tiles
         return out_NSH
@@ -142,25 +143,25 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_NSH, k_NSH, v_NSH = ctx.saved_tensors
-        if needs_the_formula(grads[0]):
+        if needs_autograd(grads[0]):
             heads = (q_NSH, k_NSH, v_NSH)
-            return *through_the_formula(partial(_attended, ctx.tiles), heads, grads[0]), None
+            return *autograd_gradients(partial(_attended, ctx.tiles), heads, grads[0]), None
         grad_NSH, scale = grads[0], 1 / math.sqrt(q_NSH.shape[-1])
         grad_q = torch.empty_like(q_NSH)
         # Keys and values get sums over several tiles, which bf16 would round each time.
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k_NSH, v_NSH))
         for tile in ctx.tiles:
             queries, keys = slice(tile.first, tile.last), slice(tile.start, tile.last)
-            shares_NQJ, grad_NQH = _shares(q_NSH, k_NSH, tile), grad_NSH[:, queries]
-            grad_v[:, keys] += torch.bmm(shares_NQJ.transpose(1, 2), grad_NQH)
+            probs_NQJ, grad_NQH = _attention_probs(q_NSH, k_NSH, tile), grad_NSH[:, queries]
+            grad_v[:, keys] += torch.bmm(probs_NQJ.transpose(1, 2), grad_NQH)
             grad_NQJ = torch.bmm(grad_NQH, v_NSH[:, keys].transpose(1, 2))
-            grad_NQJ = torch._softmax_backward_data(grad_NQJ, shares_NQJ, -1, grad_NQJ.dtype)
+            grad_NQJ = torch._softmax_backward_data(grad_NQJ, probs_NQJ, -1, grad_NQJ.dtype)
             grad_q[:, queries] = torch.bmm(grad_NQJ, k_NSH[:, keys]).mul_(scale)
             grad_k[:, keys] += torch.bmm(grad_NQJ.transpose(1, 2), q_NSH[:, queries])
         return grad_q, grad_k.mul_(scale).to(k_NSH.dtype), grad_v.to(v_NSH.dtype), None
 
 
-def _shares(q_NSH: Tensor, k_NSH: Tensor, tile: Tile) -> Tensor:
+def _attention_probs(q_NSH: Tensor, k_NSH: Tensor, tile: Tile) -> Tensor:
     """The softmax of each query of a tile over its keys: bf16 (N, Q, J)."""
     first, last, start, bias_QJ = tile
     k_NHJ = k_NSH[:, start:last].transpose(1, 2)
@@ -170,8 +171,13 @@ def _shares(q_NSH: Tensor, k_NSH: Tensor, tile: Tile) -> Tensor:
 
 
 def _attended(tiles: list[Tile], q_NSH: Tensor, k_NSH: Tensor, v_NSH: Tensor) -> Tensor:
-    shares = ((_shares(q_NSH, k_NSH, tile), v_NSH[:, tile.start : tile.last]) for tile in tiles)
-    return torch.cat([torch.bmm(shares_NQJ, v_NJH) for shares_NQJ, v_NJH in shares], 1)
+    return torch.cat(
+        [
+            torch.bmm(_attention_probs(q_NSH, k_NSH, tile), v_NSH[:, tile.start : tile.last])
+            for tile in tiles
+        ],
+        1,
+    )
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -197,9 +203,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        if needs_the_formula(grads[0]):
+        if needs_autograd(grads[0]):
             formula = partial(_normed, eps=ctx.eps, dtype=grads[0].dtype)
-            return *through_the_formula(formula, (x, weight), grads[0]), None, None
+            return *autograd_gradients(formula, (x, weight), grads[0]), None, None
         if ctx.compiled:
             grad, results = grads[0].contiguous(), (torch.empty_like(x), torch.empty_like(weight))
             sizes = (int(grad.dtype != x.dtype), inverse.numel(), x.shape[-1])
@@ -267,12 +273,12 @@ class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *heads, log_sums_SN = ctx.saved_tensors
-        if needs_the_formula(grads[0]):
+        if needs_autograd(grads[0]):
             formula = partial(_attended_per_document, ctx.lengths)
-            return *through_the_formula(formula, tuple(heads), grads[0]), None
+            return *autograd_gradients(formula, tuple(heads), grads[0]), None
         results = [torch.empty_like(x) for x in heads]
-        towards_SNH = grads[0].contiguous()
-        _run("earlyfusion_attend_backward", *heads, log_sums_SN, towards_SNH, *ctx.sizes, *results)
+        grad_SNH = grads[0].contiguous()
+        _run("earlyfusion_attend_backward", *heads, log_sums_SN, grad_SNH, *ctx.sizes, *results)
         return *results, None
 
 
@@ -303,9 +309,9 @@ class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cos, sin = ctx.saved_tensors
-        if needs_the_formula(grads[0]):
+        if needs_autograd(grads[0]):
             formula = partial(_normed_heads, cos=cos, sin=sin, eps=ctx.sizes[-1])
-            return *through_the_formula(formula, (x, weight, bias), grads[0]), None, None, None
+            return *autograd_gradients(formula, (x, weight, bias), grads[0]), None, None, None
         grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
         grad_weights = weight.new_empty(2, *weight.shape)
         name = "earlyfusion_head_norm_backward"
@@ -336,8 +342,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        if needs_the_formula(grads[0]):
-            return through_the_formula(_gated, (gate, up), grads[0])
+        if needs_autograd(grads[0]):
+            return autograd_gradients(_gated, (gate, up), grads[0])
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         name, grad = "earlyfusion_swiglu_backward", grads[0].contiguous()
         _run(name, gate, up, grad, gate.numel(), grad_gate, grad_up)
@@ -356,9 +362,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # ---- the twins of modules of `model/`
 
 
-def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module would only run `kind.forward`: no other class or forward, no
-    hooks."""
+def _is_unmodified(module: nn.Module, module_class: type[nn.Module]) -> bool:
+    """Whether calling the module would only run `module_class.forward`: no other class or forward,
+    no hooks."""
     changes = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -367,10 +373,11 @@ def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
         "forward" in vars(module),
         _has_any_global_hook(),
     )
-    return type(module) is kind and not any(changes)
+    return type(module) is module_class and not any(changes)
 
 
-# Compiled code trusts sizes; where they do not fit, torch broadcasts or raises its error.
+# Compiled code does not check sizes. Where they do not fit, torch is called, which broadcasts or
+# raises an error.
 
 
 class RMSNorm(transformer.RMSNorm):
@@ -387,7 +394,7 @@ def _weights_fit(norm: nn.Module, x_BTNH: Tensor) -> bool:
 
 
 def _tables_fit(rotary: Rotary, x_BTNH: Tensor) -> bool:
-    """Whether there is one row of constants for all rows of tokens, or one for each."""
+    """Whether the rotary tables are fp32 constants, the same for all rows or one for each row."""
     B, T, _, H = x_BTNH.shape
     shape = (B if len(rotary.cos) == B else 1, T, 1, H)
     return all(
@@ -400,7 +407,7 @@ class Attention(transformer.Attention):
         fused = (
             x_BTNH.dtype is torch.bfloat16
             and is_cpu_training(x_BTNH, *norm.parameters(), *rotary)
-            and _is_own(norm, transformer.HeadNorm)
+            and _is_unmodified(norm, transformer.HeadNorm)
             and _weights_fit(norm, x_BTNH)
             and _tables_fit(rotary, x_BTNH)
             and is_compiled(self.head_dim)
@@ -416,7 +423,7 @@ class FeedForward(transformer.FeedForward):
             gate.dtype is up.dtype is torch.bfloat16
             and is_cpu_training(gate, up)
             and gate.shape == up.shape
-            and _is_own(self.act_fn, Elementwise)
+            and _is_unmodified(self.act_fn, Elementwise)
             and self.act_fn.function is F.silu
             and is_compiled(gate.shape[-1])
         )

@@ -27,8 +27,8 @@ const int64_t PREFETCH_STEPS = 32;  // steps after which more of the next panel 
 
 const int64_t PACKED_MIN_ROWS = 22;  // of input: with fewer, `gemm_blocked` is faster
 
-// Eight rows of a matrix. The last row stands for those beyond the matrix, whose results are not
-// used.
+// Eight rows of a matrix. In place of rows beyond the matrix its last row is read again; their
+// results are not used.
 struct EightRows {
   const char* row[8];
 

@@ -39,7 +39,6 @@ const int64_t GROUP_TILES = 4;  // tiles multiplied with a part of a panel while
 const int64_t BLOCKED_MR = 6;   // rows of input of a blocked tile: 6 * 4 of 32 registers
 const int64_t KC_WORDS = 512;   // words of a row of weights in a block
 
-
 // Tiled kernels. A tile of input and four rows of weights, of 1,024 words each, take 40 KB of the
 // L1 cache; a panel and the next one take less than the L2 cache.
 const int64_t TILED_KC_WORDS = 1024;        // words of a row in a block
@@ -335,9 +334,8 @@ BlockedMicrokernel<Dot> blocked_microkernel_for(int64_t mr) {
   return all[mr - 1];
 }
 
-// Reduces the sums [rows, 4] of a tile, which it overwrites, four rows at a time: calls `visit(row,
-// results)` with the results [4, 4] of rows `row` to `row` + 3 of input. Those beyond the last row
-// mean nothing.
+// Reduces the sums [rows, 4] of a tile four rows at a time: calls `visit(row, results)` with the
+// results [4, 4] of rows `row` to `row` + 3 of input, zeros for rows beyond the last one.
 template <class Accumulator, class Visit>
 ALWAYS_INLINE void reduce_rows(Accumulator* all, int64_t rows, Visit visit) {
   for (int64_t row = 0; row < rows; row += 4) {
@@ -383,24 +381,24 @@ inline int64_t tiled_panel_rows(const Matrix& m) {
 template <class Dot>
 void gemm_tiled(const Matrix& m, Range range, const uint32_t* x, int64_t x_stride, int64_t R,
                 Workspace& workspace, float* y, int64_t y_stride) {
-  const int64_t bytes = row_bytes(m), stride = bytes / 4, NR = tiled_panel_rows(m);
+  const int64_t bytes = row_bytes(m), stride = bytes / 4, panel_rows = tiled_panel_rows(m);
   // 7 or 8 rows are one tile, so that weights are read once.
   const bool wide = R > BLOCKED_MR && R <= 8;
   const int64_t NW = wide ? 2 : 4, tile_count = wide ? 1 : RowTiles<BLOCKED_MR>(R).count;
   // Blocks of about equal size, in multiples of 32 words.
   const int64_t blocks = (stride + TILED_KC_WORDS - 1) / TILED_KC_WORDS,
-                KC = (stride / 32 + blocks - 1) / blocks * 32;
-  // [tile, NR / NW, rows of the tile, NW]
+                block_words = (stride / 32 + blocks - 1) / blocks * 32;
+  // [tile, panel_rows / NW, rows of the tile, NW]
   floats16* sums =
-      reinterpret_cast<floats16*>(workspace.reserve(blocks > 1 ? R * NR * PARTIALS : 0));
+      reinterpret_cast<floats16*>(workspace.reserve(blocks > 1 ? R * panel_rows * PARTIALS : 0));
   const char* data = static_cast<const char*>(m.data);
-  for (int64_t begin = range.begin; begin < range.end; begin += NR) {
-    const int64_t end = std::min(begin + NR, range.end);
-    const int64_t lines = std::min(NR, m.rows - end) * bytes / 64;  // of the next panel
+  for (int64_t begin = range.begin; begin < range.end; begin += panel_rows) {
+    const int64_t end = std::min(begin + panel_rows, range.end);
+    const int64_t lines = std::min(panel_rows, m.rows - end) * bytes / 64;  // of the next panel
     RowsPrefetch next_panel(data + end * bytes, 1, 0, 64 * lines);
     const int64_t rate = 256 * lines / (tile_count * ((end - begin) / NW) * (stride / 32));
-    for (int64_t k0 = 0; k0 < stride; k0 += KC) {
-      const int64_t count = std::min(KC, stride - k0);
+    for (int64_t k0 = 0; k0 < stride; k0 += block_words) {
+      const int64_t count = std::min(block_words, stride - k0);
       const bool last_block = k0 + count == stride;
       for (int64_t t = 0; t < tile_count; t++) {
         const int64_t row = R * t / tile_count, mr = R * (t + 1) / tile_count - row;
@@ -408,7 +406,7 @@ void gemm_tiled(const Matrix& m, Range range, const uint32_t* x, int64_t x_strid
           blocked_microkernel_for<Dot>(mr)(
               reinterpret_cast<const uint32_t*>(data + n * bytes) + k0, stride,
               x + row * x_stride + k0, x_stride, count, k0 == 0,
-              sums + row * NR + (n - begin) * mr, next_panel, rate,
+              sums + row * panel_rows + (n - begin) * mr, next_panel, rate,
               last_block ? y + row * y_stride + n : nullptr, y_stride);
       }
     }
@@ -484,14 +482,14 @@ void gemm_streamed(const Matrix& m, Range range, const uint32_t* x, int64_t x_st
   const int64_t bytes = row_bytes(m);
   // 5 to 8 rows of input are one tile if that was measured to be faster.
   const bool one_tile = R > 4 && R <= 8 && bytes / 4 <= (R <= 6 ? 704 : 1024);
-  const int64_t most = one_tile ? R : 4;
+  const int64_t max_mr = one_tile ? R : 4;
   // With many rows of input, 128 KB of weights stay in the L2 cache for all of them.
   const int64_t width = R <= 16 ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / bytes / 4 * 4);
   for (int64_t n = range.begin; n < range.end; n += width) {
     const char* w = static_cast<const char*>(m.data) + n * bytes;
-    for (int64_t row = 0; row < R; row += most) {
-      const int64_t mr = std::min(most, R - row), fetches = row == 0;
-      kernels[8 * fetches + mr - 1](w, bytes, std::min(width, range.end - n), x + row * x_stride,
+    for (int64_t row = 0; row < R; row += max_mr) {
+      const int64_t mr = std::min(max_mr, R - row), prefetches = row == 0;
+      kernels[8 * prefetches + mr - 1](w, bytes, std::min(width, range.end - n), x + row * x_stride,
                                     x_stride, width * bytes, y + row * y_stride + n, y_stride);
     }
   }
@@ -745,8 +743,8 @@ inline LinearPrefetch next_panel_prefetch(const Matrix& m, int64_t n) {
   return {static_cast<const char*>(m.data) + (n + NR) * row_bytes(m), next * row_bytes(m) / 64};
 }
 
-// Packs rows n to n + 31 of a matrix: [PARTIALS, steps, NR]. The last row stands for those beyond
-// the matrix, whose results are not used.
+// Packs rows n to n + 31 of a matrix: [PARTIALS, steps, NR]. In place of rows beyond the matrix its
+// last row is packed again; their results are not used.
 inline void pack_panel(const Matrix& m, int64_t n, int64_t steps, uint32_t* panel) {
   for (int64_t g = 0; g < NR; g += 16) {
     const uint32_t* row[16];

@@ -1,8 +1,8 @@
 """C++ files of this folder, built for this processor when they are first needed.
 
-Libraries are cached in `~/.cache/earlyfusion` (or under XDG_CACHE_HOME), one per source, headers,
-compiler and processor. Without a compiler (`$CXX`, `g++` or `clang++`), or with
-EARLYFUSION_NATIVE=0, torch's own operators do the work.
+Libraries are cached in `~/.cache/earlyfusion` (or under XDG_CACHE_HOME); a change of the source,
+its headers, the compiler or the processor builds a new one. Without a compiler (`$CXX`, `g++` or
+`clang++`), or with EARLYFUSION_NATIVE=0, torch's own operators do the work.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _built(source: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             # Renamed once complete: another process may build or load the same library.
-            made = Path(work) / target.name
-            command = [compiler, *_FLAGS, str(source), "-o", str(made)]
+            library = Path(work) / target.name
+            command = [compiler, *_FLAGS, str(source), "-o", str(library)]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
-            made.rename(target)
+            library.rename(target)
     return target
 
 

@@ -105,7 +105,7 @@ class RowPartition {
   std::unique_ptr<Queue[]> queues_;
 };
 
-// Memory that one thread reuses from call to call: the system clears each fresh page.
+// Memory that one thread reuses from call to call, as fresh memory costs a page fault per page.
 class Workspace {
  public:
   // Uninitialised; a larger request may move it.

@@ -32,8 +32,8 @@ inline doubles vector_exp(doubles x) {
   return underflow ? doubles{} : p * load_vector<doubles>(&bits);
 }
 
-// The float with this ordinal. A float's ordinal is its bits as an integer, with all but the sign
-// flipped in negative ones; it ascends with the value.
+// The float with this ordinal. A float's ordinal is its bits as an integer, for negative floats
+// with all bits but the sign flipped: so ordinals are in the order of the floats.
 inline float float_of_ordinal(int32_t ordinal) {
   const int32_t bits = ordinal < 0 ? ordinal ^ 0x7fffffff : ordinal;
   float x;

@@ -1,6 +1,6 @@
 // Vectors of 16 floats, conversion to and from bf16, horizontal sums, exp: shared by cpu_step.cpp,
 // conv.cpp and unpack.cpp. They are the compiler's vector types, so that one source serves every
-// processor. Intrinsics stand only where compilers do not find the instruction themselves.
+// processor. Intrinsics are used only where compilers do not find the instruction themselves.
 
 #pragma once
 

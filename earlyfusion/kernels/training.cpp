@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t VECTOR = 16;
 constexpr int64_t QUERIES = 32;     // of a tile of attention
 constexpr int64_t CHUNK = 64;       // tokens whose gradients of weights are summed at a time
-constexpr int64_t ROWS = 4;         // of a product's microkernel
-constexpr int64_t COLUMNS = LANES == 16 ? 4 : 1;  // vectors of a product's microkernel
+// Rows, and vectors of columns, of the tile of a product whose sums stay in registers.
+constexpr int64_t ROWS = 4, COLUMN_VECTORS = LANES == 16 ? 4 : 1;
 
 typedef uint16_t shorts16 __attribute__((vector_size(32)));
 typedef uint32_t words16 __attribute__((vector_size(64)));
@@ -44,16 +44,15 @@ inline floats16 exp16(floats16 x) {
   return result;
 }
 
-inline float sum16(floats16 v) { return horizontal_sum(v); }
-
 // ---- products of small fp32 matrices in the cache
 
-// A left operand, rows x inner: `row` and `inner` are the steps between its elements.
+// The left operand of a product, with the strides of its rows and of its inner dimension.
 struct Left {
   const float* data;
   int64_t row, inner;
 };
 
+// `multiply` for ROWS rows and VECTORS vectors of columns.
 template <int64_t VECTORS, bool ADD>
 inline void multiply_tile(Left a, const float* b, int64_t b_step, int64_t inner, float* c,
                           int64_t c_step) {
@@ -62,11 +61,11 @@ inline void multiply_tile(Left a, const float* b, int64_t b_step, int64_t inner,
     for (int v = 0; v < VECTORS; v++)
       sums[r][v] = ADD ? load(c + r * c_step + v * VECTOR) : floats16{};
   for (int64_t i = 0; i < inner; i++) {
-    floats16 line[VECTORS];
-    for (int v = 0; v < VECTORS; v++) line[v] = load(b + i * b_step + v * VECTOR);
+    floats16 b_row[VECTORS];
+    for (int v = 0; v < VECTORS; v++) b_row[v] = load(b + i * b_step + v * VECTOR);
     for (int r = 0; r < ROWS; r++) {
       const floats16 x = broadcast(a.data[r * a.row + i * a.inner]);
-      for (int v = 0; v < VECTORS; v++) sums[r][v] = fmadd(x, line[v], sums[r][v]);
+      for (int v = 0; v < VECTORS; v++) sums[r][v] = fmadd(x, b_row[v], sums[r][v]);
     }
   }
   for (int r = 0; r < ROWS; r++)
@@ -81,8 +80,8 @@ void multiply(Left a, int64_t rows, const float* b, int64_t b_step, int64_t inne
     const Left part = {a.data + row * a.row, a.row, a.inner};
     float* out = c + row * c_step;
     int64_t column = 0;
-    for (; column + COLUMNS * VECTOR <= columns; column += COLUMNS * VECTOR)
-      multiply_tile<COLUMNS, ADD>(part, b + column, b_step, inner, out + column, c_step);
+    for (; column + COLUMN_VECTORS * VECTOR <= columns; column += COLUMN_VECTORS * VECTOR)
+      multiply_tile<COLUMN_VECTORS, ADD>(part, b + column, b_step, inner, out + column, c_step);
     for (; column < columns; column += VECTOR)
       multiply_tile<1, ADD>(part, b + column, b_step, inner, out + column, c_step);
   }
@@ -96,7 +95,7 @@ struct Heads {
   float scale;
 };
 
-// Rows of one head as fp32: count x H, the rest of `rows` zero.
+// Rows of one head as fp32 [rows, H]: `count` rows of bf16, `step` elements apart, then zeros.
 void unpack_rows(const uint16_t* data, int64_t step, int64_t count, int64_t rows, int64_t H,
                  float* out) {
   for (int64_t i = 0; i < count; i++)
@@ -110,9 +109,10 @@ void transpose(const float* data, int64_t rows, int64_t columns, float* out) {
       out[column * rows + row] = data[row * columns + column];
 }
 
-// Scores of query `position` to exp(score - highest), in place; later keys become 0.
-// Returns the sum, and through `highest` the largest score.
-float exponentials(float* scores, int64_t position, int64_t columns, float scale, float& highest) {
+// The numerators of softmax, in place: exp(scale * score - max_score) for the query at `position`,
+// 0 for later keys. Returns their sum, and through `max_score` the largest scaled score.
+float softmax_numerators(float* scores, int64_t position, int64_t columns, float scale,
+                         float& max_score) {
   floats16 top = broadcast(-INFINITY);
   const int64_t last = position / VECTOR * VECTOR;  // the vector with the query's own key
   ints16 lane;
@@ -123,16 +123,16 @@ float exponentials(float* scores, int64_t position, int64_t columns, float scale
     store(scores + j, s);
     top = s > top ? s : top;
   }
-  highest = top[0];
-  for (int i = 1; i < VECTOR; i++) highest = std::max(highest, top[i]);
+  max_score = top[0];
+  for (int i = 1; i < VECTOR; i++) max_score = std::max(max_score, top[i]);
   floats16 sum = {};
   for (int64_t j = 0; j <= last; j += VECTOR) {
-    const floats16 e = exp16(load(scores + j) - highest);
+    const floats16 e = exp16(load(scores + j) - max_score);
     store(scores + j, e);
     sum += e;
   }
   for (int64_t j = last + VECTOR; j < columns; j += VECTOR) store(scores + j, floats16{});
-  return sum16(sum);
+  return horizontal_sum(sum);
 }
 
 struct Workspace {
@@ -149,26 +149,26 @@ void attend_document(const Heads& x, int64_t first, int64_t length, int64_t key_
                      Workspace& space, uint16_t* out, float* log_sums) {
   const int64_t N = x.N, K = x.K, H = x.H, padded = rounded_up(length);
   space.used = 0;
-  float *k = space.take(padded * H), *k_turned = space.take(padded * H);
+  float *k = space.take(padded * H), *k_transposed = space.take(padded * H);
   float *v = space.take(padded * H), *q = space.take(QUERIES * H);
-  float *shares = space.take(QUERIES * padded), *sums = space.take(QUERIES * H);
+  float *probs = space.take(QUERIES * padded), *sums = space.take(QUERIES * H);
   unpack_rows(x.k + (first * K + key_head) * H, K * H, length, padded, H, k);
   unpack_rows(x.v + (first * K + key_head) * H, K * H, length, padded, H, v);
-  transpose(k, padded, H, k_turned);
+  transpose(k, padded, H, k_transposed);
   for (int64_t head = key_head * (N / K); head < (key_head + 1) * (N / K); head++)
     for (int64_t start = 0; start < length; start += QUERIES) {
       const int64_t count = std::min(QUERIES, length - start);
       const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       const int64_t keys = rounded_up(start + count);
       unpack_rows(x.q + ((first + start) * N + head) * H, N * H, count, rows, H, q);
-      multiply<false>({q, H, 1}, rows, k_turned, padded, H, shares, padded, keys);
+      multiply<false>({q, H, 1}, rows, k_transposed, padded, H, probs, padded, keys);
       float totals[QUERIES];
       for (int64_t i = 0; i < count; i++) {
-        float highest;
-        totals[i] = exponentials(shares + i * padded, start + i, keys, x.scale, highest);
-        log_sums[(first + start + i) * N + head] = highest + std::log(totals[i]);
+        float max_score;
+        totals[i] = softmax_numerators(probs + i * padded, start + i, keys, x.scale, max_score);
+        log_sums[(first + start + i) * N + head] = max_score + std::log(totals[i]);
       }
-      multiply<false>({shares, padded, 1}, rows, v, H, keys, sums, H, H);
+      multiply<false>({probs, padded, 1}, rows, v, H, keys, sums, H, H);
       for (int64_t i = 0; i < count; i++)
         for (int64_t h = 0; h < H; h += VECTOR)
           store(out + ((first + start + i) * N + head) * H + h,
@@ -186,15 +186,15 @@ void attend_document_backward(const Heads& x, const float* log_sums, const Gradi
   const int64_t N = x.N, K = x.K, H = x.H, padded = rounded_up(length);
   space.used = 0;
   float *k = space.take(padded * H), *v = space.take(padded * H);
-  float *k_turned = space.take(padded * H), *v_turned = space.take(padded * H);
+  float *k_transposed = space.take(padded * H), *v_transposed = space.take(padded * H);
   float *k_grad = space.take(padded * H), *v_grad = space.take(padded * H);
   float *q = space.take(QUERIES * H), *out_grad = space.take(QUERIES * H);
   float *q_grad = space.take(QUERIES * H);
-  float *shares = space.take(QUERIES * padded), *share_grads = space.take(QUERIES * padded);
+  float *probs = space.take(QUERIES * padded), *prob_grads = space.take(QUERIES * padded);
   unpack_rows(x.k + (first * K + key_head) * H, K * H, length, padded, H, k);
   unpack_rows(x.v + (first * K + key_head) * H, K * H, length, padded, H, v);
-  transpose(k, padded, H, k_turned);
-  transpose(v, padded, H, v_turned);
+  transpose(k, padded, H, k_transposed);
+  transpose(v, padded, H, v_transposed);
   std::fill(k_grad, k_grad + padded * H, 0.0f);
   std::fill(v_grad, v_grad + padded * H, 0.0f);
   ints16 lane;
@@ -206,34 +206,35 @@ void attend_document_backward(const Heads& x, const float* log_sums, const Gradi
       const int64_t keys = rounded_up(start + count), at = (first + start) * N + head;
       unpack_rows(x.q + at * H, N * H, count, rows, H, q);
       unpack_rows(g.out + at * H, N * H, count, rows, H, out_grad);
-      multiply<false>({q, H, 1}, rows, k_turned, padded, H, shares, padded, keys);
-      multiply<false>({out_grad, H, 1}, rows, v_turned, padded, H, share_grads, padded, keys);
+      multiply<false>({q, H, 1}, rows, k_transposed, padded, H, probs, padded, keys);
+      multiply<false>({out_grad, H, 1}, rows, v_transposed, padded, H, prob_grads, padded, keys);
       // Rows from `count` on only fill the microkernel: their queries and gradients are zero.
       for (int64_t i = 0; i < count; i++) {
-        float *p = shares + i * padded, *dp = share_grads + i * padded;
+        float *p = probs + i * padded, *dp = prob_grads + i * padded;
         const int64_t position = start + i, last = position / VECTOR * VECTOR;
         const float log_sum = log_sums[at + i * N];
-        floats16 along = {};
+        floats16 products = {};
         for (int64_t j = 0; j <= last; j += VECTOR) {
-          floats16 share = exp16(load(p + j) * x.scale - log_sum);
-          if (j == last) share = lane > int32_t(position - last) ? floats16{} : share;
-          store(p + j, share);
-          along += share * load(dp + j);
+          floats16 prob = exp16(load(p + j) * x.scale - log_sum);
+          if (j == last) prob = lane > int32_t(position - last) ? floats16{} : prob;
+          store(p + j, prob);
+          products += prob * load(dp + j);
         }
-        const float mean = sum16(along);
+        // Softmax backward: dscore = p * (dp - delta), where delta is the sum of p * dp.
+        const float delta = horizontal_sum(products);
         for (int64_t j = 0; j <= last; j += VECTOR)
-          store(dp + j, load(p + j) * (load(dp + j) - mean) * x.scale);
+          store(dp + j, load(p + j) * (load(dp + j) - delta) * x.scale);
         for (int64_t j = last + VECTOR; j < keys; j += VECTOR) {
           store(p + j, floats16{});
           store(dp + j, floats16{});
         }
       }
-      multiply<false>({share_grads, padded, 1}, rows, k, H, keys, q_grad, H, H);
+      multiply<false>({prob_grads, padded, 1}, rows, k, H, keys, q_grad, H, H);
       for (int64_t i = 0; i < count; i++)
         for (int64_t h = 0; h < H; h += VECTOR)
           store(g.q + (at + i * N) * H + h, load(q_grad + i * H + h));
-      multiply<true>({share_grads, 1, padded}, keys, q, H, rows, k_grad, H, H);
-      multiply<true>({shares, 1, padded}, keys, out_grad, H, rows, v_grad, H, H);
+      multiply<true>({prob_grads, 1, padded}, keys, q, H, rows, k_grad, H, H);
+      multiply<true>({probs, 1, padded}, keys, out_grad, H, rows, v_grad, H, H);
     }
   for (int64_t j = 0; j < length; j++)
     for (int64_t h = 0; h < H; h += VECTOR) {
@@ -274,29 +275,29 @@ struct HeadNorm {
 };
 
 struct Moments {
-  float mean, inverse;  // 1 / standard deviation
+  float mean, inverse_std;
 };
 
 inline Moments moments(const uint16_t* x, int64_t H, float eps) {
   floats16 sum = {}, squares = {};
   for (int64_t h = 0; h < H; h += VECTOR) sum += load(x + h);
-  const float mean = sum16(sum) / H;
+  const float mean = horizontal_sum(sum) / H;
   for (int64_t h = 0; h < H; h += VECTOR) {
     const floats16 d = load(x + h) - mean;
     squares += d * d;
   }
-  return {mean, 1.0f / std::sqrt(sum16(squares) / H + eps)};
+  return {mean, 1.0f / std::sqrt(horizontal_sum(squares) / H + eps)};
 }
 
-// `scratch` has room for 2 H floats.
+// LayerNorm and rotation of one head of one token. `scratch` has room for 2 H floats.
 void head_norm_row(const HeadNorm& norm, const uint16_t* x, int64_t token, int64_t head,
                    float* scratch, uint16_t* out) {
   const int64_t H = norm.H, half = H / 2, table = token % norm.period * H;
   const float *weight = norm.weight + head * H, *bias = norm.bias + head * H;
   const Moments m = moments(x, H, norm.eps);
-  // Two copies in a row: the entry half a head further on, around the end, is at h + half.
+  // The head twice in a row: entry (h + half) % H is at h + half.
   for (int64_t h = 0; h < H; h += VECTOR) {
-    const floats16 y = (load(x + h) - m.mean) * m.inverse * load(weight + h) + load(bias + h);
+    const floats16 y = (load(x + h) - m.mean) * m.inverse_std * load(weight + h) + load(bias + h);
     store(scratch + h, y);
     store(scratch + H + h, y);
   }
@@ -305,6 +306,7 @@ void head_norm_row(const HeadNorm& norm, const uint16_t* x, int64_t token, int64
                        load(scratch + h + half) * load(norm.sine + table + h));
 }
 
+// Adds to `weight_grad` and `bias_grad`; `scratch` has room for 3 H floats.
 void head_norm_row_backward(const HeadNorm& norm, const uint16_t* x, const uint16_t* out_grad,
                             int64_t token, int64_t head, float* scratch, uint16_t* x_grad,
                             float* weight_grad, float* bias_grad) {
@@ -312,26 +314,26 @@ void head_norm_row_backward(const HeadNorm& norm, const uint16_t* x, const uint1
   const float* weight = norm.weight + head * H;
   const Moments m = moments(x, H, norm.eps);
   for (int64_t h = 0; h < H; h += VECTOR) {
-    const floats16 turned = load(out_grad + h) * load(norm.sine + table + h);
-    store(scratch + h, turned);
-    store(scratch + H + h, turned);
+    const floats16 sine_grad = load(out_grad + h) * load(norm.sine + table + h);
+    store(scratch + h, sine_grad);
+    store(scratch + H + h, sine_grad);
   }
-  floats16 sum = {}, along = {};
+  floats16 sum = {}, products = {};
   float* grads = scratch + 2 * H;
   for (int64_t h = 0; h < H; h += VECTOR) {
-    const floats16 normed = (load(x + h) - m.mean) * m.inverse;
+    const floats16 normed = (load(x + h) - m.mean) * m.inverse_std;
     floats16 grad = load(out_grad + h) * load(norm.cosine + table + h) + load(scratch + h + half);
     store(weight_grad + h, load(weight_grad + h) + grad * normed);
     store(bias_grad + h, load(bias_grad + h) + grad);
     grad *= load(weight + h);
     store(grads + h, grad);
     sum += grad;
-    along += grad * normed;
+    products += grad * normed;
   }
-  const float mean = sum16(sum) / H, slope = sum16(along) / H;
+  const float grad_mean = horizontal_sum(sum) / H, product_mean = horizontal_sum(products) / H;
   for (int64_t h = 0; h < H; h += VECTOR) {
-    const floats16 normed = (load(x + h) - m.mean) * m.inverse;
-    store(x_grad + h, (load(grads + h) - mean - normed * slope) * m.inverse);
+    const floats16 normed = (load(x + h) - m.mean) * m.inverse_std;
+    store(x_grad + h, (load(grads + h) - grad_mean - normed * product_mean) * m.inverse_std);
   }
 }
 
@@ -343,7 +345,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t S, int64_t
     const float* row = x + s * D;
     floats16 squares = {};
     for (int64_t d = 0; d < D; d += VECTOR) squares += load(row + d) * load(row + d);
-    const float inverse = 1.0f / std::sqrt(sum16(squares) / D + eps);
+    const float inverse = 1.0f / std::sqrt(horizontal_sum(squares) / D + eps);
     inverses[s] = inverse;
     for (int64_t d = 0; d < D; d += VECTOR)
       store(out + s * D + d, load(row + d) * inverse * load(weight + d));
@@ -361,16 +363,16 @@ void rms_norm_backward(const float* x, const float* weight, const float* inverse
     for (int64_t s = start; s < std::min(start + CHUNK, S); s++) {
       const float *row = x + s * D, inverse = inverses[s];
       const Out* grad_row = out_grad + s * D;
-      floats16 along = {};
+      floats16 products = {};
       for (int64_t d = 0; d < D; d += VECTOR) {
         const floats16 normed = load(row + d) * inverse, grad = load(grad_row + d);
         store(weight_grad + d, load(weight_grad + d) + grad * normed);
-        along += grad * load(weight + d) * normed;
+        products += grad * load(weight + d) * normed;
       }
-      const float slope = sum16(along) / D;
+      const float product_mean = horizontal_sum(products) / D;
       for (int64_t d = 0; d < D; d += VECTOR) {
         const floats16 grad = load(grad_row + d) * load(weight + d);
-        store(x_grad + s * D + d, (grad - load(row + d) * (inverse * slope)) * inverse);
+        store(x_grad + s * D + d, (grad - load(row + d) * (inverse * product_mean)) * inverse);
       }
     }
   }

@@ -1,8 +1,10 @@
-"""Where the fast twins of `model/`'s modules are put in: `accelerate` swaps their classes.
+"""Replaces modules of `model/` by faster ones, their twins: `accelerate` swaps the modules'
+classes.
 
-A twin derives from the class that it replaces, has its name, parameters and results, and decides in
-each call whether it can serve. So a model keeps its state dict, can be copied, pickled, moved,
-trained, hooked, compiled and exported as before, and `isinstance` still holds.
+A twin is a subclass of the class that it replaces, with the same name, parameters and results. In
+each call it decides whether its fast code applies, and otherwise calls the original. So a model
+keeps its state dict, can be copied, pickled, moved, trained, hooked, compiled and exported as
+before, and `isinstance` still holds.
 
 `CausalAttend` is not a module: training takes its twin from `fused.py`.
 """

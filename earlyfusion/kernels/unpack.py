@@ -27,8 +27,8 @@ class PackedLinear(quantise.PackedLinear):
 def dense(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """`unpack` in a dtype, [O, I]: in compiled code if possible, else in torch."""
     data, scales = matrix.data, matrix.scales
-    takes = scales is not None and data.device.type == "cpu" and dtype in _DTYPES
-    library = _library() if takes and not torch.compiler.is_compiling() else None
+    supported = scales is not None and data.device.type == "cpu" and dtype in _DTYPES
+    library = _library() if supported and not torch.compiler.is_compiling() else None
     if library is None or scales is None:
         return unpack(matrix).to(dtype)
     out_OI = data.new_empty(matrix.rows, matrix.columns, dtype=dtype)

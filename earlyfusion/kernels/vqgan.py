@@ -1,12 +1,12 @@
 """Twins of the VQ-GAN's modules for inference in fp32 on a CPU; `twins.py` puts them in.
 
 They keep everything channels-last, and run the convolutions in the compiled code of `conv.py`,
-fused with the adjacent norm, swish, upsampling or sum. What torch computes it computes one image
-after the other, as its results differ with the batch in the last bit. For anything else (training,
-GPUs, other dtypes, autocast, traced code, `left_out`) a twin calls the module that it derives from;
-it decides in each call, as a model may be moved or trained in between. A convolution replaced by a
-module of another class is called as it is. Twins carry the names of their originals, which
-libraries look for.
+fused with the adjacent norm, swish, upsampling or sum. Operations left to torch run one image at a
+time, as torch's results depend on the batch size in the last bit. For anything else (training,
+GPUs, other dtypes, autocast, traced code, `torch_convolutions`) a twin calls the module that it
+derives from; it decides in each call, as a model may be moved or trained in between. A convolution
+replaced by a module of another class is called as it is. Twins carry the names of their originals,
+which libraries look for.
 """
 
 # Shapes: B batch, Y X height and width, C K channels in and out, N pixels.
@@ -24,22 +24,21 @@ from earlyfusion.kernels.conv import (
     available,
     conv1x1,
     conv3x3,
-    is_left_out,
     norm_factors,
     reusing,
+    uses_torch,
 )
 from earlyfusion.model import vqgan
 
 
 class ResBlock(vqgan.ResBlock):
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        if not _infers(x_BCYX):
+        if not _is_cpu_inference(x_BCYX):
             return super().forward(x_BCYX)
         h = _swish_conv(x_BCYX, self.norm1, self.conv1)
         short = _conv1x1(x_BCYX, self.nin_shortcut) if hasattr(self, "nin_shortcut") else x_BCYX
-        if (
-            self.training and self.dropout.p
-        ):  # training mode without gradients: dropout is still active
+        # In training mode dropout is active even without gradients.
+        if self.training and self.dropout.p:
             return self.conv2(self.dropout(F.silu(self.norm2(h)))) + short
         # Nobody else uses `h`, so the second convolution may overwrite it.
         return _swish_conv(h, self.norm2, self.conv2, short, in_place=True)
@@ -47,66 +46,68 @@ class ResBlock(vqgan.ResBlock):
 
 class SpatialAttention(vqgan.SpatialAttention):
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        if not _infers(x_BCYX):
+        if not _is_cpu_inference(x_BCYX):
             return super().forward(x_BCYX)
         convs = (self.q, self.k, self.v, self.proj_out)
         if not (_is_plain(self.norm) and all(_fits(x_BCYX, conv) for conv in convs)):
-            return _each(super().forward, x_BCYX)
-        x_BYXC = _last(x_BCYX)
+            return _per_image(super().forward, x_BCYX)
+        x_BYXC = _channels_last(x_BCYX)
         scale_B11C, shift_B11C = (t[:, None, None] for t in norm_factors(self.norm, x_BYXC))
         h_BYXC = x_BYXC * scale_B11C + shift_B11C
-        q, k, v = (_conv1(h_BYXC, conv).flatten(1, 2).unsqueeze(1) for conv in convs[:3])
+        q, k, v = (_compiled_conv1x1(h_BYXC, conv).flatten(1, 2).unsqueeze(1) for conv in convs[:3])
         images = zip(q.split(1), k.split(1), v.split(1), strict=True)
         out = torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in images])
-        return _first(_conv1(out.view(x_BYXC.shape), self.proj_out, x_BYXC))
+        return _channels_first(_compiled_conv1x1(out.view(x_BYXC.shape), self.proj_out, x_BYXC))
 
 
 class Downsample(vqgan.Downsample):
     def forward(self, x_BCYX: Tensor) -> Tensor:
+        if not _is_cpu_inference(x_BCYX):
+            return super().forward(x_BCYX)
         conv, even = self.conv, not (x_BCYX.shape[2] % 2 or x_BCYX.shape[3] % 2)
         plain = type(conv) is nn.Conv2d and conv.weight.device == x_BCYX.device
-        if not _infers(x_BCYX):
-            return super().forward(x_BCYX)
         if not (even and plain):
-            return _each(super().forward, x_BCYX)
-        # Two pixels on each side instead of one on the right and at the bottom, without the first
-        # row and column of the result: the same values, but no padded copy is made.
-        return _each(lambda x: F.conv2d(x, conv.weight, conv.bias, 2, 2)[:, :, 1:, 1:], x_BCYX)
+            return _per_image(super().forward, x_BCYX)
+        # Padding of two on each side, then dropping the first row and column of the result, gives
+        # the same values as padding on the right and at the bottom, but without a padded copy.
+        return _per_image(lambda x: F.conv2d(x, conv.weight, conv.bias, 2, 2)[:, :, 1:, 1:], x_BCYX)
 
 
 class Upsample(vqgan.Upsample):
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        if not _infers(x_BCYX):
+        if not _is_cpu_inference(x_BCYX):
             return super().forward(x_BCYX)
         if not _is_compiled(x_BCYX, self.conv, scale=2):
-            return _each(super().forward, x_BCYX)
+            return _per_image(super().forward, x_BCYX)
         bias_K = cast("Tensor", self.conv.bias)
-        return _first(conv3x3(_last(x_BCYX), self.conv.weight, bias_K, upsample=True))
+        return _channels_first(
+            conv3x3(_channels_last(x_BCYX), self.conv.weight, bias_K, upsample=True)
+        )
 
 
 class Encoder(vqgan.Encoder):
     def forward(self, pixels_BCYX: Tensor) -> Tensor:
-        if not _infers(pixels_BCYX):
+        if not _is_cpu_inference(pixels_BCYX):
             return super().forward(pixels_BCYX)
         h = _conv3x3(pixels_BCYX, self.conv_in)
-        for module in _steps(self.down):
+        for module in _modules_in_order(self.down):
             h = module(h)
         return _swish_conv(self.mid(h), self.norm_out, self.conv_out)
 
 
 class Decoder(vqgan.Decoder):
     def forward(self, latents_BCyx: Tensor) -> Tensor:
-        if not _infers(latents_BCyx):
+        if not _is_cpu_inference(latents_BCyx):
             return super().forward(latents_BCyx)
         h = self.mid(_conv3x3(latents_BCyx, self.conv_in))
-        for module in _steps(reversed(self.up)):
+        for module in _modules_in_order(reversed(self.up)):
             h = module(h)
         return _swish_conv(h, self.norm_out, self.conv_out)
 
 
 class VQGAN(vqgan.VQGAN):
     def latents(self, pixels_BCYX: Tensor) -> Tensor:
-        if not _infers(pixels_BCYX):
+        if not _is_cpu_inference(pixels_BCYX):
             return super().latents(pixels_BCYX)
         self.check_size(pixels_BCYX)
         with reusing():
@@ -114,25 +115,26 @@ class VQGAN(vqgan.VQGAN):
             return _conv1x1(self.encoder(pixels_BCYX), self.quant_conv).clone()
 
     def pixels(self, codewords_BCyx: Tensor) -> Tensor:
-        if self.decoder is None or not _infers(codewords_BCyx):
+        if self.decoder is None or not _is_cpu_inference(codewords_BCyx):
             return super().pixels(codewords_BCyx)
         with reusing():
             return self.decoder(_conv1x1(codewords_BCyx, self.post_quant_conv)).clone()
 
 
-# ---- whether a twin serves, and what it does then
+# ---- when the fast code applies, and its operations
 
 
-def _infers(x: Tensor) -> bool:
-    """Whether a CPU computes in fp32, without a graph."""
+def _is_cpu_inference(x: Tensor) -> bool:
+    """Whether this is inference in fp32 on a CPU: no gradients, no autocast, no tracing."""
     fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    return fp32_on_cpu and not torch.is_grad_enabled() and not traced and not is_left_out()
+    return fp32_on_cpu and not torch.is_grad_enabled() and not traced and not uses_torch()
 
 
 def _fits(x_BCYX: Tensor, conv: nn.Module, missing: int = 0) -> bool:
-    """Whether the compiled code can multiply by this kernel, with `missing` channels added."""
-    if type(conv) is not nn.Conv2d or not _infers(x_BCYX) or conv.bias is None:
+    """Whether the compiled code supports this convolution, of `x` with `missing` channels of zeros
+    added."""
+    if type(conv) is not nn.Conv2d or not _is_cpu_inference(x_BCYX) or conv.bias is None:
         return False
     plain = conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
     # conv.cpp reads channels in vectors of 16.
@@ -152,12 +154,12 @@ def _is_plain(norm: nn.Module) -> bool:
     return norm.weight.device.type == "cpu" and norm.weight.dtype == torch.float32
 
 
-def _each(run: Callable[[Tensor], Tensor], x_BCYX: Tensor) -> Tensor:
-    """The results of single images."""
+def _per_image(run: Callable[[Tensor], Tensor], x_BCYX: Tensor) -> Tensor:
+    """The results of the images, computed one at a time."""
     return run(x_BCYX) if len(x_BCYX) == 1 else torch.cat([run(x) for x in x_BCYX.split(1)])
 
 
-def _steps(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def _modules_in_order(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The parts of each level and its change of size, in the order they run. Parts instead of
     levels, so that the input of each is freed before the next runs."""
     for level in levels:
@@ -165,12 +167,12 @@ def _steps(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
         yield from (child for name, child in level.named_children() if name.endswith("sample"))
 
 
-def _last(x_BCYX: Tensor) -> Tensor:
+def _channels_last(x_BCYX: Tensor) -> Tensor:
     """Channels last: [B, Y, X, C], contiguous."""
     return x_BCYX.permute(0, 2, 3, 1).contiguous()
 
 
-def _first(x_BYXC: Tensor) -> Tensor:
+def _channels_first(x_BYXC: Tensor) -> Tensor:
     return x_BYXC.permute(0, 3, 1, 2)
 
 
@@ -183,32 +185,35 @@ def _swish_conv(
 ) -> Tensor:
     """`conv(silu(norm(x)))`, plus the shortcut; `in_place` may overwrite `x`."""
     if _is_plain(norm) and _is_compiled(x_BCYX, conv):
-        x_BYXC = _last(x_BCYX)
-        plus_BYXC = None if plus_BCYX is None else _last(plus_BCYX)
+        x_BYXC = _channels_last(x_BCYX)
+        plus_BYXC = None if plus_BCYX is None else _channels_last(plus_BCYX)
         before, bias_K = norm_factors(norm, x_BYXC), cast("Tensor", conv.bias)
-        return _first(conv3x3(x_BYXC, conv.weight, bias_K, before, plus_BYXC, in_place=in_place))
+        return _channels_first(
+            conv3x3(x_BYXC, conv.weight, bias_K, before, plus_BYXC, in_place=in_place)
+        )
     # In place is safe below: the convolution's result is new.
-    out = _each(lambda x: conv(F.silu(norm(x))), x_BCYX)
+    out = _per_image(lambda x: conv(F.silu(norm(x))), x_BCYX)
     return out if plus_BCYX is None else out.add_(plus_BCYX)
 
 
-def _conv1(x_BYXC: Tensor, conv: nn.Conv2d, plus_BYXK: Tensor | None = None) -> Tensor:
+def _compiled_conv1x1(x_BYXC: Tensor, conv: nn.Conv2d, plus_BYXK: Tensor | None = None) -> Tensor:
     return conv1x1(x_BYXC, conv.weight, cast("Tensor", conv.bias), plus_BYXK)
 
 
 def _conv1x1(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
     """A 1 x 1 convolution: one matrix product if channels come last."""
     if not _fits(x_BCYX, conv):
-        return _each(conv, x_BCYX)
-    return _first(_conv1(_last(x_BCYX), conv))
+        return _per_image(conv, x_BCYX)
+    return _channels_first(_compiled_conv1x1(_channels_last(x_BCYX), conv))
 
 
 def _conv3x3(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The first convolution: 3 channels of pixels are padded with zeros to the 16 of a vector."""
+    """The first convolution of a network: its input channels (3 of pixels) are padded with zeros to
+    a multiple of 16."""
     missing = -x_BCYX.shape[1] % 16
     if not _is_compiled(x_BCYX, conv, missing=missing):
-        # Set the layout once: the operators after it keep it.
-        return _each(conv, x_BCYX.to(memory_format=torch.channels_last))
+        # The operators that follow keep this memory format.
+        return _per_image(conv, x_BCYX.to(memory_format=torch.channels_last))
     x_BYXC = F.pad(x_BCYX.permute(0, 2, 3, 1), (0, missing))
     weight_KC33 = F.pad(conv.weight, (0, 0, 0, 0, 0, missing))
-    return _first(conv3x3(x_BYXC, weight_KC33, cast("Tensor", conv.bias)))
+    return _channels_first(conv3x3(x_BYXC, weight_KC33, cast("Tensor", conv.bias)))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion.errors import SettingError
-from earlyfusion.kernels.fused import is_transformed, through_the_formula
+from earlyfusion.kernels.fused import autograd_gradients, is_transformed
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import VocabularySlice
@@ -139,7 +139,7 @@ class _HeadLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # second derivatives are wanted
             _refuse_slice(ctx.vocab_slice)
             formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
-            input_grads = through_the_formula(formula, tuple(inputs), grad_total)
+            input_grads = autograd_gradients(formula, tuple(inputs), grad_total)
             return *input_grads, None, None, None, None, None
         return grad_x_ND * grad_total, grad_head_VD * grad_total, None, None, None, None, None
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from earlyfusion.engine.backends.interface import Product, head_product, vocab_logits
 from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.scheduler import Step
-from earlyfusion.kernels.cpu_step import CpuStep, available, fits, own_bits
+from earlyfusion.kernels.cpu_step import CpuStep, available, fits, weight_bits
 from earlyfusion.model.transformer import Transformer
 
 
@@ -40,7 +40,7 @@ class CompiledTransformer:
 
 def compiled_transformer(transformer: Transformer, cache: PagedCache) -> CompiledTransformer | None:
     """This back end; None without a compiler, or if it cannot run the model."""
-    bits = own_bits(transformer)
+    bits = weight_bits(transformer)
     if bits is None or not fits(transformer, cache.kv_BL2KSH) or not available():
         return None
     return CompiledTransformer(transformer, cache, bits)

@@ -1,5 +1,5 @@
-"""Norm and rotation of queries and keys, and the store of new keys and values, in one kernel. A
-program has one head of one row."""
+"""Norm and rotation of queries and keys, and the store of new keys and values, in one kernel: one
+program per head and row."""
 
 # Shapes: R rows, M heads of queries, keys and values together, N query heads, K key and value
 # heads, H head width, W blocks of a table.
@@ -30,7 +30,7 @@ def norm_rotate_store(
     out_RNH = torch.empty_like(
         qkv_RMH[:, : heads - 2 * keys], memory_format=torch.contiguous_format
     )
-    _heads[rows, heads](
+    _norm_rotate_store[rows, heads](
         qkv_RMH,
         norms.weight,
         norms.bias,
@@ -65,7 +65,7 @@ def _nearest(x):
 
 
 @triton.jit
-def _heads(
+def _norm_rotate_store(
     qkv,
     weight,
     bias,
@@ -78,11 +78,11 @@ def _heads(
     scales,
     table_stride,
     block_stride,
-    kind_stride,
+    kv_stride,
     head_stride,
     token_stride,
     scale_block_stride,
-    scale_kind_stride,
+    scale_kv_stride,
     scale_head_stride,
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
@@ -104,38 +104,39 @@ def _heads(
         centred = tl.where(inside, x - mean, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + NORM_EPS)
         # Rotation needs the other entry of each pair: load and norm it again.
-        other = tl.where(h < WIDTH // 2, h + WIDTH // 2, h - WIDTH // 2)
-        x_other = tl.load(x_pointer + other, mask=inside, other=0).to(tl.float32)
+        partner = tl.where(h < WIDTH // 2, h + WIDTH // 2, h - WIDTH // 2)
+        x_partner = tl.load(x_pointer + partner, mask=inside, other=0).to(tl.float32)
         w, b = weight + head * WIDTH, bias + head * WIDTH
         x = centred * inverse * tl.load(w + h, mask=inside, other=0)
         x += tl.load(b + h, mask=inside, other=0)
-        x_other = (x_other - mean) * inverse * tl.load(w + other, mask=inside, other=0)
-        x_other += tl.load(b + other, mask=inside, other=0)
+        x_partner = (x_partner - mean) * inverse * tl.load(w + partner, mask=inside, other=0)
+        x_partner += tl.load(b + partner, mask=inside, other=0)
         angle = at.to(tl.int64) * WIDTH + h
         x *= tl.load(cos + angle, mask=inside, other=0)
-        x += x_other * tl.load(sin + angle, mask=inside, other=0)
+        x += x_partner * tl.load(sin + angle, mask=inside, other=0)
     # Rounded before it is quantised, as the definition does.
     rounded = x.to(out.dtype.element_ty)
     if head < HEADS - 2 * KEY_HEADS:
-        place = (row.to(tl.int64) * (HEADS - 2 * KEY_HEADS) + head) * WIDTH
-        tl.store(out + place + h, rounded, mask=inside)
+        offset = (row.to(tl.int64) * (HEADS - 2 * KEY_HEADS) + head) * WIDTH
+        tl.store(out + offset + h, rounded, mask=inside)
     else:
-        stored = head - (HEADS - 2 * KEY_HEADS)
-        kind, key_head = (stored // KEY_HEADS).to(tl.int64), (stored % KEY_HEADS).to(tl.int64)
+        kv_head = head - (HEADS - 2 * KEY_HEADS)
+        # 0 for a key, 1 for a value.
+        is_value, key_head = (kv_head // KEY_HEADS).to(tl.int64), (kv_head % KEY_HEADS).to(tl.int64)
         number = tl.load(table + row.to(tl.int64) * table_stride + at // BLOCK).to(tl.int64)
-        place = number * block_stride + kind * kind_stride + key_head * head_stride
-        place += (at % BLOCK).to(tl.int64) * token_stride
+        offset = number * block_stride + is_value * kv_stride + key_head * head_stride
+        offset += (at % BLOCK).to(tl.int64) * token_stride
         if SCALED:
             y = tl.where(inside, rounded.to(tl.float32), 0.0)
             scale = tl.div_rn(tl.max(tl.abs(y), 0), 127.0)
             level = _nearest(tl.div_rn(y, tl.maximum(scale, 1e-30)))
-            tl.store(kv + place + h, level.to(tl.int8), mask=inside)
-            where = number * scale_block_stride + kind * scale_kind_stride
-            where += key_head * scale_head_stride + at % BLOCK
-            tl.store(scales + where, scale)
+            tl.store(kv + offset + h, level.to(tl.int8), mask=inside)
+            scale_offset = number * scale_block_stride + is_value * scale_kv_stride
+            scale_offset += key_head * scale_head_stride + at % BLOCK
+            tl.store(scales + scale_offset, scale)
         else:
             y = rounded.to(tl.float32)
             if LARGEST > 0:
                 # Comparisons, as `tl.clamp` may lose NaN.
                 y = tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
-            tl.store(kv + place + h, y.to(kv.dtype.element_ty), mask=inside)
+            tl.store(kv + offset + h, y.to(kv.dtype.element_ty), mask=inside)

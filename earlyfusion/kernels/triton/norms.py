@@ -1,4 +1,5 @@
-"""The operations between two products of a layer, a kernel each: sum and RMSNorm; SwiGLU."""
+"""The element-wise operations between the products of a layer, a kernel for each: residual sum with
+RMSNorm; SwiGLU."""
 
 # Shapes: R rows, D model width, F inner width of the feed-forward.
 
@@ -35,8 +36,7 @@ def add_norm(x_RD: Tensor, y_RD: Tensor, weight_D: Tensor, eps: float) -> tuple[
 def gated(gate_up_RF: Tensor) -> Tensor:
     """As `kernels/decode.py` defines it."""
     gate_up_RF = gate_up_RF.contiguous()
-    rows, both = gate_up_RF.shape
-    width = both // 2
+    rows, width = gate_up_RF.shape[0], gate_up_RF.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up_RF.dtype, device=gate_up_RF.device)
     grid = (rows, triton.cdiv(width, ENTRIES))
     _gated[grid](gate_up_RF, out, width, BLOCK=ENTRIES, num_warps=4)

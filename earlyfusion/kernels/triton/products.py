@@ -1,4 +1,4 @@
-"""Products of few rows with packed weights, which are read once: int8, int4, and dense ones."""
+"""x W^T for few rows of x, with packed weights (int8, int4) or dense ones, which are read once."""
 
 # Shapes: R rows, O x I a weight.
 
@@ -52,11 +52,11 @@ def product(x_RI: Tensor, matrix: PackedMatrix) -> Tensor:
     grid = (triton.cdiv(matrix.rows, tile.outs), triton.cdiv(rows, block_rows))
     scales = matrix.data if matrix.scales is None else matrix.scales
     tensors = (x_RI, matrix.data, scales, out_RO)
-    ahead = {"num_warps": warps, "num_stages": tile.stages}
+    launch = {"num_warps": warps, "num_stages": tile.stages}
     if matrix.bits == 4:
-        _int4[grid](*tensors, rows, matrix.rows, **shape, **ahead)
+        _int4[grid](*tensors, rows, matrix.rows, **shape, **launch)
     else:
-        _by_row[grid](*tensors, rows, matrix.rows, SCALED=matrix.bits == 8, **shape, **ahead)
+        _by_row[grid](*tensors, rows, matrix.rows, SCALED=matrix.bits == 8, **shape, **launch)
     return out_RO
 
 
@@ -90,8 +90,8 @@ def _by_row(
         total = dot(a, tl.trans(w.to(tl.float32).to(a.dtype)), total)
     if SCALED:
         total *= tl.load(scales + o, mask=in_o, other=0)[None, :]
-    places = out + r.to(tl.int64)[:, None] * outs + o[None, :]
-    tl.store(places, total.to(out.dtype.element_ty), mask=in_r[:, None] & in_o[None, :])
+    pointers = out + r.to(tl.int64)[:, None] * outs + o[None, :]
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=in_r[:, None] & in_o[None, :])
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _int4(
     in_o, in_r = o < outs, r < rows
     g, j = tl.arange(0, COLUMNS // 32), tl.arange(0, 32)
     weights = data + o.to(tl.int64)[:, None] * STRIDE
-    pairs = scales + o.to(tl.int64)[:, None] * (STRIDE // 16)
+    row_scales = scales + o.to(tl.int64)[:, None] * (STRIDE // 16)
     inputs = x + r.to(tl.int64)[:, None] * WIDTH
     total = tl.zeros((ROWS, OUTS), tl.float32)
     for start in range(0, STRIDE, COLUMNS):
@@ -122,20 +122,24 @@ def _int4(
         both = tl.load(weights + byte, mask=in_o[:, None] & (byte < STRIDE)[None, :], other=0)
         # Each 32 bytes have two scales: that of the low nibbles, then that of the high ones.
         half = start // 16 + tl.arange(0, COLUMNS // 16)
-        scale = tl.load(pairs + half, mask=in_o[:, None] & (half < STRIDE // 16)[None, :], other=0)
-        scale_a, scale_b = tl.split(tl.reshape(scale, (OUTS, COLUMNS // 32, 2)))
+        scale = tl.load(
+            row_scales + half, mask=in_o[:, None] & (half < STRIDE // 16)[None, :], other=0
+        )
+        scale_low, scale_high = tl.split(tl.reshape(scale, (OUTS, COLUMNS // 32, 2)))
         both = tl.reshape(both, (OUTS, COLUMNS // 32, 32))
         group = start // 32 + g
         low = tl.reshape((group * 64)[:, None] + j[None, :], (COLUMNS,))
         high = low + 32
-        a = tl.load(inputs + low[None, :], mask=in_r[:, None] & (low < WIDTH)[None, :], other=0)
-        b = tl.load(inputs + high[None, :], mask=in_r[:, None] & (high < WIDTH)[None, :], other=0)
-        w_a = tl.reshape(_rounded(both & 15, scale_a, a.dtype), (OUTS, COLUMNS))
-        w_b = tl.reshape(_rounded(both >> 4, scale_b, a.dtype), (OUTS, COLUMNS))
-        total = dot(a, tl.trans(w_a), total)
-        total = dot(b, tl.trans(w_b), total)
-    places = out + r.to(tl.int64)[:, None] * outs + o[None, :]
-    tl.store(places, total.to(out.dtype.element_ty), mask=in_r[:, None] & in_o[None, :])
+        x_low = tl.load(inputs + low[None, :], mask=in_r[:, None] & (low < WIDTH)[None, :], other=0)
+        x_high = tl.load(
+            inputs + high[None, :], mask=in_r[:, None] & (high < WIDTH)[None, :], other=0
+        )
+        w_low = tl.reshape(_rounded(both & 15, scale_low, x_low.dtype), (OUTS, COLUMNS))
+        w_high = tl.reshape(_rounded(both >> 4, scale_high, x_low.dtype), (OUTS, COLUMNS))
+        total = dot(x_low, tl.trans(w_low), total)
+        total = dot(x_high, tl.trans(w_high), total)
+    pointers = out + r.to(tl.int64)[:, None] * outs + o[None, :]
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=in_r[:, None] & in_o[None, :])
 
 
 @triton.jit
