@@ -38,7 +38,7 @@ from statistics import median, quantiles
 from time import perf_counter, process_time, sleep
 from typing import Any
 
-from earlyfusion.bench.clients import Answer, Client, mixed_load, resident
+from earlyfusion.bench.clients import Client, Response, mixed_load, resident
 
 CHAT = "/v1/chat/completions"
 _PROBE_SECONDS = 10.0  # after which a client leaves that was let in
@@ -56,14 +56,14 @@ class Tally:
     lost: int = 0
     seconds: float = 0.0
 
-    def add(self, answer: Answer, body: dict[str, Any]) -> None:
+    def add(self, answer: Response, body: dict[str, Any]) -> None:
         if answer.status in (429, 503):
             self.refused.append(answer.seconds)
-        elif answer.status != 200 or b"[DONE]" not in answer.end or b'{"error"' in answer.end:
+        elif answer.status != 200 or b"[DONE]" not in answer.tail or b'{"error"' in answer.tail:
             self.lost += 1
         else:
             self.tokens += answer.tokens
-            self.first.append(answer.first or answer.seconds)
+            self.first.append(answer.first_output or answer.seconds)
             if body["modalities"] == ["image"]:
                 self.images.append(answer.seconds)
 
@@ -85,7 +85,7 @@ async def load(port: int, clients: int, bodies: list[dict[str, Any]]) -> Tally:
     async def one() -> None:
         client = Client(port)
         for body in waiting:
-            tally.add(await client.ask(CHAT, body), body)
+            tally.add(await client.post(CHAT, body), body)
         client.close()
 
     began = perf_counter()
@@ -101,7 +101,7 @@ async def overload(port: int, clients: int, tokens: int, seconds: float) -> Tall
     async def one() -> None:
         while (left := end - perf_counter()) > 0:
             client, body = Client(port), body_of(next(numbers), tokens)
-            answer = await client.ask(CHAT, body)
+            answer = await client.post(CHAT, body)
             client.close()
             tally.add(answer, body)
             if answer.status == 429:
@@ -119,7 +119,7 @@ def probe(port: int, seconds: float, told: Any) -> None:
         times, client, chance = list[float](), Client(port), Random(0)
         end = perf_counter() + seconds
         while perf_counter() < end:
-            answer = await client.ask(CHAT, body_of(10**6, 8), leave_after=_PROBE_SECONDS)
+            answer = await client.post(CHAT, body_of(10**6, 8), disconnect_after=_PROBE_SECONDS)
             if answer.status == 429:
                 times.append(answer.seconds)
             await asyncio.sleep(chance.uniform(0.02, 0.08))
@@ -292,10 +292,10 @@ def measure_mixed(model: str, arguments: argparse.Namespace) -> None:
     warm = len(told.bytes[server]) // 5
     growths = [f"{100 * told.growth(process, warm):.2f}%" for process in processes]
     print(
-        f"{told.asked.total()} requests in {arguments.seconds:.0f} s, {len(told.wrong)} answered "
+        f"{told.sent.total()} requests in {arguments.seconds:.0f} s, {len(told.errors)} answered "
         f"wrongly; growth of the server {growths[0]}, of the engine {growths[1]}"
     )
-    print(json.dumps(told.asked), *told.wrong[:10], sep="\n")
+    print(json.dumps(told.sent), *told.errors[:10], sep="\n")
 
 
 def main() -> None:

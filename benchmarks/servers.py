@@ -195,15 +195,15 @@ async def load(port: int, bodies: Sequence[dict[str, Any]], clients: int) -> Tal
         client = Client(port)
         for body in waiting:
             try:
-                answer = await client.ask(ROUTE, body)
+                answer = await client.post(ROUTE, body)
             except OSError as error:
                 tally.lose(str(error))
                 continue
             if answer.status != 200:
-                tally.lose(f"status {answer.status}: {answer.end[-100:]!r}")
+                tally.lose(f"status {answer.status}: {answer.tail[-100:]!r}")
                 continue
             tally.tokens += answer.tokens
-            tally.first.append(answer.first or answer.seconds)
+            tally.first.append(answer.first_output or answer.seconds)
         client.close()
 
     began = time.perf_counter()

@@ -27,11 +27,11 @@ def test_mixed_load(seconds: int) -> None:
         pids = [os.getpid(), remote.pid]
         report = asyncio.run(mixed_load(port, seconds, 8, data_url(), pids))
         server.wait_until_idle()
-        print(report.asked.total(), dict(report.asked))
-        assert not report.wrong, report.wrong[:5]
+        print(report.sent.total(), dict(report.sent))
+        assert not report.errors, report.errors[:5]
         assert remote.pid == pids[1] and server.service.driver.restarts == 0
         if seconds > 60:
             growth = [report.growth(pid, warm=seconds // 5) for pid in pids]
             print("growth of both processes:", growth)
             assert max(growth) < 0.02
-            assert len(report.asked) == 12
+            assert len(report.sent) == 12

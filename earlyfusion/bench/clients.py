@@ -16,31 +16,33 @@ from typing import Any
 
 _FIRST_OUTPUT = re.compile(rb'"(?:content|text)":"[^"]|"images?[_"]')
 _USAGE = re.compile(rb'data: (\{.*"usage":\{.*\})')
-_KEPT = 4096  # bytes of the end of a reply
+_TAIL_BYTES = 4096  # of a reply's end, which are kept
 
 
 @dataclass
-class Answer:
-    """A reply; times in seconds since the request was sent, `first` until its first output."""
+class Response:
+    """A response to a POST. `received` counts bytes of its body, `tail` are the last of them.
+    `first_output` (of text or image) and `seconds` (the end) are times since the request was
+    sent."""
 
     status: int = 0
     length: int | None = None
     retry_after: float = 1.0
     received: int = 0
-    end: bytes = b""
-    first: float | None = None
+    tail: bytes = b""
+    first_output: float | None = None
     seconds: float = 0.0
 
     @property
     def complete(self) -> bool:
         if self.length is not None:
             return self.received >= self.length
-        return self.end.endswith(b"\r\n0\r\n\r\n")
+        return self.tail.endswith(b"\r\n0\r\n\r\n")
 
     @property
     def tokens(self) -> int:
-        """The reply's tokens, from the usage at its end."""
-        usages = _USAGE.findall(self.end)
+        """The number of completion tokens, from the usage at the end of the body."""
+        usages = _USAGE.findall(self.tail)
         return int(json.loads(usages[-1])["usage"]["completion_tokens"]) if usages else 0
 
 
@@ -50,41 +52,41 @@ class Client(asyncio.Protocol):
     def __init__(self, port: int) -> None:
         self._port = port
         self._transport: asyncio.Transport | None = None
-        self._answer, self._began, self._head = Answer(), 0.0, b""
+        self._response, self._began, self._head = Response(), 0.0, b""
         self._done: asyncio.Future[None] | None = None
 
-    async def ask(
-        self, path: str, body: Mapping[str, Any] | bytes, leave_after: float | None = None
-    ) -> Answer:
-        """POST a body. `leave_after` closes the connection after this many seconds, whatever has
-        arrived. Raises ConnectionError if the server closes it first; one that was kept from a
-        request before, and is closed without a byte, is opened again."""
+    async def post(
+        self, path: str, body: Mapping[str, Any] | bytes, disconnect_after: float | None = None
+    ) -> Response:
+        """POST a body. `disconnect_after` closes the connection after this many seconds, whatever
+        has arrived. Raises ConnectionError if the server closes it first; but if the connection was
+        left open by an earlier request and no byte has arrived, it is opened again."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         message = f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
-        was_kept = self._transport is not None
+        reused = self._transport is not None
         try:
-            return await self._exchange(message, leave_after)
+            return await self._exchange(message, disconnect_after)
         except ConnectionError:
-            if not was_kept or self._head:
+            if not reused or self._head:
                 raise
-            return await self._exchange(message, leave_after)
+            return await self._exchange(message, disconnect_after)
 
-    async def _exchange(self, message: bytes, leave_after: float | None) -> Answer:
+    async def _exchange(self, message: bytes, disconnect_after: float | None) -> Response:
         loop = asyncio.get_running_loop()
         if self._transport is None:
             await loop.create_connection(lambda: self, "127.0.0.1", self._port)
         assert self._transport is not None
-        self._answer, self._head, self._began = Answer(), b"", perf_counter()
+        self._response, self._head, self._began = Response(), b"", perf_counter()
         self._done = loop.create_future()
         self._transport.write(message)
         try:
-            async with asyncio.timeout(leave_after):
+            async with asyncio.timeout(disconnect_after):
                 await self._done
         except TimeoutError:
             self.close()
-        self._answer.seconds = perf_counter() - self._began
-        return self._answer
+        self._response.seconds = perf_counter() - self._began
+        return self._response
 
     def close(self) -> None:
         if self._transport is not None:
@@ -101,26 +103,26 @@ class Client(asyncio.Protocol):
             self._done.set_exception(ConnectionError("the server closed the connection"))
 
     def data_received(self, data: bytes) -> None:
-        answer = self._answer
-        if not answer.status:
+        response = self._response
+        if not response.status:
             self._head += data
             head, end, data = self._head.partition(b"\r\n\r\n")
             if not end:
                 return
             self._read(head.lower())
-        answer.received += len(data)
-        answer.end = (answer.end + data)[-_KEPT:]
-        if answer.first is None and _FIRST_OUTPUT.search(data):
-            answer.first = perf_counter() - self._began
-        if answer.complete and self._done is not None and not self._done.done():
+        response.received += len(data)
+        response.tail = (response.tail + data)[-_TAIL_BYTES:]
+        if response.first_output is None and _FIRST_OUTPUT.search(data):
+            response.first_output = perf_counter() - self._began
+        if response.complete and self._done is not None and not self._done.done():
             self._done.set_result(None)
 
     def _read(self, head: bytes) -> None:
-        self._answer.status = int(head[9:12])
+        self._response.status = int(head[9:12])
         fields = dict(re.findall(rb"([a-z-]+): (\d+)", head))
         if b"content-length" in fields:
-            self._answer.length = int(fields[b"content-length"])
-        self._answer.retry_after = int(fields.get(b"retry-after-ms", 1000)) / 1000
+            self._response.length = int(fields[b"content-length"])
+        self._response.retry_after = int(fields.get(b"retry-after-ms", 1000)) / 1000
 
 
 # ---- mixed load
@@ -128,20 +130,22 @@ class Client(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of request: its route, its body, and the expected status."""
+    """One kind of request: its route, its body, the expected status, and whether the client
+    disconnects early."""
 
     path: str
     body: dict[str, Any] | bytes
     status: int = 200
-    leaves: bool = False
+    disconnects: bool = False
 
 
 @dataclass
 class Mixed:
-    """The results of a mixed load; `bytes` are samples of each process's memory, in order."""
+    """The results of a mixed load: the requests sent of each kind, the unexpected responses, and
+    samples of each process's memory in bytes, in order."""
 
-    asked: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
     bytes: dict[int, list[int]] = field(default_factory=dict)
 
     def growth(self, process: int, warm: int) -> float:
@@ -175,7 +179,7 @@ def kinds(image_url: str) -> dict[str, Kind]:
         "structured": Kind(
             chat, _chat_body("Name a fruit.", response_format=form, modalities=["text"])
         ),
-        "leaves": Kind(chat, _chat_body("Draw a cat.", **as_image), leaves=True),
+        "leaves": Kind(chat, _chat_body("Draw a cat.", **as_image), disconnects=True),
         "unknown field": Kind(chat, _chat_body("Hi", temprature=1), 400),
         "long prompt": Kind(chat, _chat_body("a " * 3000), 400),
         "no JSON": Kind(chat, b"{", 400),
@@ -220,16 +224,18 @@ async def _ask(client: Client, name: str, kind: Kind, rng: Random, mixed: Mixed)
     body = kind.body
     if isinstance(body, dict) and kind.status == 200:
         body = body | {"seed": rng.randrange(2**31)}
-    mixed.asked[name] += 1
+    mixed.sent[name] += 1
     try:
-        answer = await client.ask(kind.path, body, rng.random() / 3 if kind.leaves else None)
+        response = await client.post(
+            kind.path, body, rng.random() / 3 if kind.disconnects else None
+        )
     except ConnectionError as error:
-        mixed.wrong.append(f"{name}: {error}")
+        mixed.errors.append(f"{name}: {error}")
         return
-    if kind.leaves and not answer.complete:
+    if kind.disconnects and not response.complete:
         return
-    if answer.status != kind.status or b'data: {"error"' in answer.end:
-        mixed.wrong.append(f"{name}: status {answer.status}, {answer.end[-300:]!r}")
+    if response.status != kind.status or b'data: {"error"' in response.tail:
+        mixed.errors.append(f"{name}: status {response.status}, {response.tail[-300:]!r}")
 
 
 def resident(process: int) -> int:

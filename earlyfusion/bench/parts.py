@@ -1,6 +1,6 @@
-"""Parts of a long measurement: each in a separate process, with a time limit. A crash, a hang or a
-lack of memory ends one part only. Every row is sent to the first process as soon as it is measured,
-which writes all that is known so far, so the machine may be lost at any time."""
+"""Parts of a long measurement, each in a separate process with a time limit: a crash, a hang or a
+lack of memory ends one part only. Each row is sent to the main process as soon as it is measured,
+which writes all rows so far, so that little is lost if the machine is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Measure = Callable[[Any], Iterable[Row]]
 
 _LEAST_SECONDS = 5.0
 _LONGEST_ERROR = 6000  # characters
-_DUMP_BEFORE = 2.0  # seconds before its end at which a hanging part prints its stack
+_DUMP_BEFORE = 2.0  # a part still running this many seconds before its limit prints its stack
 
 
 class Skipped(Exception):
@@ -112,7 +112,7 @@ def _run(
                 ended = True
     finally:
         timed_out = process.is_alive() and time.monotonic() >= since + seconds
-        _end(process)
+        _kill(process)
         outcome.seconds = round(time.monotonic() - since, 1)
     if not ended:
         reason = (
@@ -159,7 +159,8 @@ def _measure(part: Part, settings: Any, seconds: float, log: Path, sender: Conne
     os._exit(0)  # a library's clean-up at exit may hang
 
 
-def _end(process: BaseProcess) -> None:
+def _kill(process: BaseProcess) -> None:
+    """Kill a part's process with all processes that it started."""
     process.join(0.2)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid or 0, signal.SIGKILL)
@@ -208,7 +209,7 @@ def as_json(outcomes: Iterable[Outcome], **more: Any) -> str:
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """A table of the parts' outcomes, and one of all rows."""
-    lines = [line("part", "seconds", "became"), line("---", "---", "---")]
+    lines = [line("part", "seconds", "outcome"), line("---", "---", "---")]
     for outcome in outcomes:
         words = f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status
         lines.append(line(outcome.part, f"{outcome.seconds:.0f}", words.replace("|", "/")))

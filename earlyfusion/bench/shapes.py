@@ -26,7 +26,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def _config(
-    preset: str, width: int, inner: int, layers: int, heads: int, words: int
+    preset: str, width: int, inner: int, layers: int, heads: int, vocab_size: int
 ) -> ModelConfig:
     return replace(
         PRESETS[preset],
@@ -35,7 +35,7 @@ def _config(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        vocab_size=words,
+        vocab_size=vocab_size,
         max_position_embeddings=2048,
     )
 

@@ -178,7 +178,8 @@ def _memory(before: int | None, device: torch.device) -> list[Figure]:
 
 
 class Meter:
-    """Measures one model and its engine; each of the first methods returns lines of the table."""
+    """Measures one model and its engine. `texts`, `images`, `tokenizer`, `mixed` and `limits`
+    return lines of the table."""
 
     def __init__(self, model: Chameleon, rounds: int) -> None:
         self.model, self.rounds = model, rounds
@@ -194,14 +195,14 @@ class Meter:
         for name, context in (("short", min(SHORT, long)), ("long", long)):
             times = take_turns({name: partial(self.reply, context)}, self.rounds)[name]
             first, step = map(median, zip(*times, strict=True))
-            reading = None
-            if name == "long":  # the limit of a short prompt is reading the weights, not operations
-                reading = self.operations(context) / first / self.peak
-            decoding = self.token_bytes(context) / self.bandwidth / step
+            # The share of the machine's peak. Prefill of a short prompt is limited by reading the
+            # weights, not by operations.
+            prefill = self.operations(context) / first / self.peak if name == "long" else None
+            decode = self.token_bytes(context) / self.bandwidth / step
             where = f"context {context:,}"
             figures += [
-                Figure(f"first_{name}", f"first token, {where}", 1e3 * first, "ms", reading),
-                Figure(f"token_{name}", f"a token, {where}", 1e3 * step, "ms", decoding),
+                Figure(f"first_{name}", f"first token, {where}", 1e3 * first, "ms", prefill),
+                Figure(f"token_{name}", f"a token, {where}", 1e3 * step, "ms", decode),
             ]
         return figures
 
@@ -256,7 +257,8 @@ class Meter:
         return figures
 
     def mixed(self) -> list[Figure]:
-        """Eight requests, texts and images, one by one and together; compilations meanwhile."""
+        """The throughput of eight requests, texts and images, one by one and together; and the
+        compilations while these run."""
         alone, together = [], []
         self._run_all(self._mixed_requests())
         with Compilations() as counted:
@@ -265,8 +267,8 @@ class Meter:
                     *(self._run_all([one]) for one in self._mixed_requests()), strict=True
                 )
                 alone.append(sum(tokens) / sum(times))
-                seconds, number = self._run_all(self._mixed_requests())
-                together.append(number / seconds)
+                duration, number = self._run_all(self._mixed_requests())
+                together.append(number / duration)
         slow, fast = median(alone), median(together)
         return [
             Figure("alone", "8 mixed requests one by one", slow, "tokens/s"),
@@ -276,10 +278,8 @@ class Meter:
         ]
 
     def limits(self) -> list[Figure]:
-        weights, dtype = (
-            self.token_bytes(0) / 1e6,
-            _dtype_name(self.model.transformer.lm_head.weight),
-        )
+        weights = self.token_bytes(0) / 1e6
+        dtype = _dtype_name(self.model.transformer.lm_head.weight)
         return [
             Figure("bandwidth", "bandwidth of memory (limit)", self.bandwidth / 1e9, "GB/s"),
             Figure("matmul_peak", f"{dtype} products (limit)", self.peak / 1e9, "GFLOP/s"),
@@ -362,7 +362,8 @@ class Meter:
     def image_times(
         self, prompt: Any, settings: dict[str, float], seeds: Iterator[int]
     ) -> tuple[float, float]:
-        """Seconds from the prompt to all codes of an image, and of one step of these."""
+        """Seconds from the prompt to the last code of an image, extrapolated from MOST_CODES codes;
+        and seconds per step."""
         sampling = SamplingParams(**settings)  # type: ignore[arg-type]
         request = self.model.request(prompt, "image", sampling, next(seeds))
         handle, total = self.engine.add(request), self.layout.num_tokens
@@ -396,7 +397,8 @@ class Meter:
         )
 
     def _run_all(self, requests: Sequence[Request] | Iterator[Request]) -> tuple[float, int]:
-        """Seconds of requests that run together, to `MOST_CODES` tokens each; and all tokens."""
+        """Run requests together until each has ended or has MOST_CODES tokens. Returns the seconds
+        and the number of all tokens."""
         handles: list[Any] = []
 
         def run() -> None:
@@ -426,8 +428,8 @@ class Meter:
 
 
 class Compilations:
-    """Counts what warm steps must not do while it is open: graphs compiled by torch, programs
-    started (such as a compiler), libraries loaded."""
+    """Counts, within a `with` block, what steps must not do after the warm-up: compile graphs with
+    torch, start programs (such as a compiler), load libraries."""
 
     _EVENTS = ("subprocess.Popen", "ctypes.dlopen")
     _seen: ClassVar[Counter[str]] = Counter()
