@@ -397,10 +397,10 @@ def _whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def copy_shard(parameter: Tensor, whole: Tensor) -> None:
     """Fill this process's shard of a parameter, or all of one that is not split."""
-    local(parameter).copy_(shard_of(parameter, whole))
+    local_shard(parameter).copy_(shard_of(parameter, whole))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor, which shares its memory; the tensor itself if it is whole.
     Without gradients: for an optimizer and for reading."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor

@@ -52,11 +52,11 @@ class Engine:
 
     `cache_bytes` is the size of the cache (default: a share of the free memory, see `cache_size`).
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
-    reads at most `chunk` tokens of prompts beside one request that samples, more beside several,
+    computes at most `chunk` tokens of prompts beside one request that samples, more beside several,
     and four times as many if none samples (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At
     most `most_running` requests run at once. `cache_dtype` is the dtype of keys and values: "fp32",
-    "bf16", "int8", or on newer GPUs "fp8" (default: the model's). With `static`, steps that read no
-    prompt sample several tokens at a time (default: on a CUDA device, where these steps are
+    "bf16", "int8", or on newer GPUs "fp8" (default: the model's). With `static`, steps without
+    prefill sample several tokens at a time (default: on a CUDA device, where these steps are
     captured graphs). `adapters` maps names that requests may ask for to transformers with other
     weights in their layers. Raises `SettingError`.
     """
@@ -168,7 +168,7 @@ class Engine:
         return len(self._scheduler.pool) - self._scheduler.pool.free
 
     def step(self) -> None:
-        """Schedule, run, deliver: one or more tokens per request that has read its prompt."""
+        """Schedule, run, deliver: one or more tokens per request whose prompt is computed."""
         with self._lock:
             self._step()
 

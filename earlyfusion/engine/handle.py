@@ -200,7 +200,7 @@ class Handle:
         self.tokens.append(token)
         self.events += self._event_builder.push(token, logprob)
         self.grammar_state.advance(token)
-        # A token that ends the reply is not appended to the branches, as it is never read.
+        # A token that ends the reply is not appended to the branches: the model never reads it.
         if self._event_builder.ended or self.grammar_state.done:
             self._finish()
             return

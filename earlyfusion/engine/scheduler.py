@@ -22,8 +22,8 @@ from earlyfusion.errors import SettingError
 PREFILL_ONLY_FACTOR = 4
 """A step in which no request samples computes this many times `chunk` tokens of prompts."""
 _CHEAP_ROWS = 8
-"""The number of rows up to which a step takes about as long as one row, as it must read all
-weights."""
+"""Up to this number of rows a step takes about as long as with one, as the time is that of reading
+all weights."""
 
 
 class Entry(Protocol):

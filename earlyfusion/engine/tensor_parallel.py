@@ -1,4 +1,4 @@
-"""One model on several processes: each holds a shard of every layer, the first leads.
+"""Tensor parallelism for generation: each process holds a shard of every layer, the first leads.
 
     torchrun --nproc-per-node 2 -m earlyfusion generate "Draw a red apple." --model chameleon-34b
 
@@ -351,14 +351,14 @@ class _Follower:
         elif kind == _BURST:
             self._burst(Burst.of(numbers))
         else:
-            self._read(_plan(numbers))
+            self._run_step(_plan(numbers))
 
     def _burst(self, burst: Burst) -> None:
         assert self._bursts is not None
         self._peers.begin(self._bursts.collectives(burst))
         self._bursts.run(burst)
 
-    def _read(self, plan: Plan) -> None:
+    def _run_step(self, plan: Plan) -> None:
         for copied in plan.copies:
             self._cache.copy(copied)
         if plan.pieces:

@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion.model.quantise import PackedMatrix, unpack
-
-EPS = 1e-5
-"""eps of the LayerNorm over a head's queries and keys."""
+from earlyfusion.model.transformer import HEAD_NORM_EPS
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
@@ -76,7 +74,7 @@ def norm_rotate_store(
     """Norm and rotate queries and keys, store keys and values at `positions`: queries [R, N, H]."""
     heads, keys = len(norms.weight), blocks.kv_B2KTH.shape[2]
     width, at_R = qkv_RMH.shape[-1], positions_R.long()
-    normed = F.layer_norm(qkv_RMH[:, :heads].float(), (width,), eps=EPS)
+    normed = F.layer_norm(qkv_RMH[:, :heads].float(), (width,), eps=HEAD_NORM_EPS)
     normed = torch.addcmul(norms.bias, normed, norms.weight)
     cos_R1H, sin_R1H = angles.cos_PH[at_R][:, None], angles.sin_PH[at_R][:, None]
     # The pair of entry h is h + H/2; the table's negated half of the sine makes `roll` enough.

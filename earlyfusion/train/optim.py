@@ -171,8 +171,8 @@ class Muon(torch.optim.Optimizer):
                 self._update(same_shape, group)
 
     def _update(self, same_shape: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [parallel.local(p.grad) for p in same_shape if p.grad is not None]
-        moments = [parallel.local(self.moment(p)) for p in same_shape]
+        gradients = [parallel.local_shard(p.grad) for p in same_shape if p.grad is not None]
+        moments = [parallel.local_shard(self.moment(p)) for p in same_shape]
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, moments, group["momentum"])
         whole = [parallel.gathered(p, shard) for p, shard in zip(same_shape, ahead, strict=True)]
@@ -183,7 +183,7 @@ class Muon(torch.optim.Optimizer):
         rows, columns = same_shape[0].shape
         # Matrices with more rows than columns take longer steps, as in torch.optim.Muon.
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        weights = [parallel.local(p) for p in same_shape]
+        weights = [parallel.local_shard(p) for p in same_shape]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, steps, alpha=-rate)
 

@@ -1,8 +1,8 @@
 """Attention over the cache in torch: the layout of one step, which is the same for all layers.
 
-Keys and values are gathered from their blocks. Rows that read one token attend together, on a CPU
+Keys and values are gathered from their blocks. Rows of one new token each attend together, on a CPU
 in groups of about the same length, padded to the longest of the group. A piece of a prompt, or a
-window of drafts, attends alone.
+token with drafts, attends alone.
 """
 
 # Shapes: T tokens of the step, R rows that attend together, N query heads, K key and value heads, G
@@ -39,7 +39,7 @@ class _Group(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """A piece of a prompt, which attends alone."""
+    """A piece of a prompt, or a token with its drafts, which attends alone."""
 
     rows: slice
     blocks_1N: Tensor

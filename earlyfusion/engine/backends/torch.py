@@ -25,7 +25,7 @@ from earlyfusion.engine.backends.interface import Product, head_product, vocab_l
 from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.scheduler import Step
 from earlyfusion.model.rotary import rotary_tables
-from earlyfusion.model.transformer import Block, RMSNorm, Transformer
+from earlyfusion.model.transformer import HEAD_NORM_EPS, Block, RMSNorm, Transformer
 
 
 class Layer(NamedTuple):
@@ -151,7 +151,7 @@ class FusedTransformer:
 def _norm_and_rotate(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """Head norm, then rotation, in fp32, for queries and keys together."""
     width = x_TMH.shape[-1]
-    normed = F.layer_norm(x_TMH.float(), (width,), eps=1e-5)
+    normed = F.layer_norm(x_TMH.float(), (width,), eps=HEAD_NORM_EPS)
     normed = torch.addcmul(layer.head_bias, normed, layer.head_weight)
     return torch.addcmul(normed * cos_T1H, normed.roll(width // 2, -1), sin_T1H)
 

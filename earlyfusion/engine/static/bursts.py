@@ -71,7 +71,7 @@ class Bursts:
     def burst_length(self, plan: Plan, handles: Sequence[Handle]) -> int:
         """The number of steps for the handles of a plan; 0 if the plan needs another step.
 
-        A static step only reads one token of each branch, of requests that sample.
+        A static step computes one token of each branch, and only of requests that sample.
         """
         rows = sum(len(handle.branches) for handle in handles)
         if not rows or rows != len(plan.pieces) or rows > BUCKETS[-1]:

@@ -11,8 +11,8 @@ from earlyfusion.engine.static.layers import StaticLayers
 
 
 class Kind(NamedTuple):
-    """Kinds of steps, each with its own graph: rows that only sample codes read a small part of the
-    head, and greedy rows do not sort their logits."""
+    """The kind of a step; each has its own graph: with `only_codes` it reads a small part of the
+    head, and with `greedy` it does not sort logits."""
 
     only_codes: bool
     greedy: bool
@@ -20,7 +20,7 @@ class Kind(NamedTuple):
 
 class Shape(NamedTuple):
     """What a graph is captured for: the number of rows, their kind, and the adapter whose weights
-    read them, "" for the model's own."""
+    are used, "" for the model's own."""
 
     rows: int
     kind: Kind

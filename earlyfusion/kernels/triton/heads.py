@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from earlyfusion.kernels.decode import EPS, FP8, FP8_LARGEST, Angles, HeadNorms, LayerBlocks
+from earlyfusion.kernels.decode import FP8, FP8_LARGEST, Angles, HeadNorms, LayerBlocks
+from earlyfusion.model.transformer import HEAD_NORM_EPS
 
 
 def norm_rotate_store(
@@ -49,7 +50,7 @@ def norm_rotate_store(
         WIDTH=width,
         PADDED=triton.next_power_of_2(width),
         BLOCK=kv.shape[3],
-        NORM_EPS=EPS,
+        NORM_EPS=HEAD_NORM_EPS,
         SCALED=scales is not None,
         LARGEST=FP8_LARGEST if kv.dtype == FP8 else 0.0,
         num_warps=1,
