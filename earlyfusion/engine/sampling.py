@@ -1,4 +1,4 @@
-"""Tokens from the states of a step: guidance, grammar, penalty, truncation, sampling.
+"""Tokens from the hidden states of a step: guidance, grammar, penalty, truncation, sampling.
 
 The head is used in two parts, one for codes and one for text: each row is multiplied only with the
 part that it may sample from. Requests with equal settings are sampled together; each keeps its own
@@ -89,7 +89,7 @@ class TokenSampler:
         self._none_seen_V = _SeenColumns(self.text_head, self._device).marks_V
 
     def sample(self, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> list[list[int]]:
-        """The tokens of each handle: one, or one per position of its window of codes."""
+        """The tokens of each handle, one per position: one, and one more per draft."""
         sampled: dict[Handle, list[int]] = {}
         remaining: list[Handle] = []
         self._blocked_by_steering = {}
@@ -102,10 +102,10 @@ class TokenSampler:
             else:
                 sampled[handle] = []
         if self._backend.sample is not None:
-            singles = [handle for handle in remaining if handle.window is None]
+            compiled = [handle for handle in remaining if handle.window is None]
             remaining = [handle for handle in remaining if handle.window is not None]
-            if singles:
-                sampled |= self._sample_compiled(self._backend.sample, x_RD, step, singles)
+            if compiled:
+                sampled |= self._sample_compiled(self._backend.sample, x_RD, step, compiled)
         if remaining:
             sampled |= self._sample_grouped(x_RD, step, remaining)
         return [sampled[handle] for handle in handles]
@@ -155,7 +155,7 @@ class TokenSampler:
         handle.logprob = steering.logprob(full_V, token)
         return [token]
 
-    # ---- one token per request, in compiled code
+    # ---- in compiled code: all but windows of codes
 
     def _sample_compiled(
         self,

@@ -76,7 +76,9 @@ class CpuStep:
     ) -> None:
         has_scales = scales_BL2KS is not None
         if not fits(transformer, cache_BL2KSH) or (cache_BL2KSH.dtype == torch.int8) != has_scales:
-            raise ValueError("the compiled step takes silu, no biases, and no cache in this dtype")
+            raise ValueError(
+                "the compiled step needs SiLU, no biases, and a cache in fp32, bf16 or scaled int8"
+            )
         library = _library()
         if library is None:
             raise ValueError("the compiled step needs a C++ compiler: install g++")
@@ -196,7 +198,8 @@ def weight_bits(transformer: Transformer) -> int | None:
 
 def fits(transformer: Transformer, cache_BL2KSH: Tensor) -> bool:
     """Whether the step can run a model on this cache: on a CPU, with SiLU and without biases; the
-    rows of its matrices are multiples of 4, the tokens of a block multiples of 16."""
+    numbers of rows of its matrices are multiples of 4; the cache is in fp32, bf16 or int8, in
+    blocks of a multiple of 16 tokens."""
     config, linears = transformer.config, list(_linears(transformer))
     on_cpu = transformer.lm_head.weight.device.type == "cpu"
     plain = all(original_class(m) in _LINEARS and m.bias is None for m in linears)

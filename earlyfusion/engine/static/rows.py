@@ -37,7 +37,7 @@ _CONDITIONS = slice(11, 14)
 _TOP_K = slice(14, 16)
 _TABLE = 16
 _GUIDANCE, _SETTINGS = slice(0, 2), 2
-_FLOATS = 2 + 2 * 4
+_FLOATS = 2 + 2 * 4  # guidance, then four settings of text and four of images
 
 
 class Conditions(NamedTuple):
