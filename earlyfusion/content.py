@@ -171,7 +171,7 @@ def as_messages(prompt: Prompt) -> list[Message]:
 
     A message may be a dict of "role" and "content", as in chat templates. The last one is the
     user's, or the assistant's, which the reply then continues. A system message becomes part of the
-    adjacent user's turn, separated by a line end, as in training data. Raises `PromptError` if the
+    adjacent user's turn, separated by a newline, as in training data. Raises `PromptError` if the
     prompt is empty, holds another type, or its turns do not alternate.
     """
     if isinstance(prompt, Message | Mapping):
@@ -185,8 +185,8 @@ def as_messages(prompt: Prompt) -> list[Message]:
 
 
 def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
-    """Parts of a text in which `<image>` marks the place of each image. Without any mark the
-    images come first. Raises `PromptError` if the numbers of marks and images differ."""
+    """The parts of a text with the images in place of its `<image>` placeholders. Without any
+    placeholder the images come first. Raises `PromptError` if their numbers differ."""
     return _to_segments(insert_images(text, [Image.of(image) for image in images]))
 
 
@@ -322,7 +322,7 @@ def _image_from_dict(part: Mapping[str, Any]) -> Image:
     if "base64" in part or source.startswith("data:"):
         return Image.from_bytes(_decode_base64(source))
     if source.startswith("file://"):
-        # In an address blanks and all but ASCII are percent-encoded, as by `Path.as_uri`.
+        # In a URL spaces and non-ASCII characters are percent-encoded, as by `Path.as_uri`.
         source = unquote(source.removeprefix("file://").removeprefix("localhost"))
     return Image.open(source)
 
@@ -347,7 +347,7 @@ def base64_bytes(text: str) -> bytes:
 
 
 def _join_system_turns(messages: Sequence[Message]) -> list[Message]:
-    """Join system messages to the adjacent user's turn with a line end."""
+    """Join system messages to the adjacent user's turn with a newline."""
     turns: list[Message] = []
     last = ""
     for message in messages:

@@ -118,7 +118,7 @@ class Processor:
         return self._prompt(messages, [i.codes for message in messages for i in message.images])
 
     def draft_turn(self, message: Message) -> TokenSequence:
-        """`draft` of the parts of one turn alone, without any marks around them."""
+        """`draft` of the parts of one turn alone, without control tokens around them."""
         sequence = TokenSequence()
         self._add_turn(sequence, message, (image.codes for image in message.images))
         return sequence
@@ -266,8 +266,8 @@ def train_tokenizer(
 
 
 def _split_words(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
-    """The words of these texts as the pre-tokenizer splits them, with and without a blank in
-    front."""
+    """The words of these texts as the pre-tokenizer splits them, with and without a space before
+    them."""
     split = tokenizer.pre_tokenizer.pre_tokenize_str
     spellings = (spelling for text in texts for spelling in (" " + text, text))
     return list(dict.fromkeys(word for text in spellings for word, _ in split(text)))
@@ -304,12 +304,12 @@ def _apply_merges(pieces: list[str], ranks: Mapping[tuple[str, ...], int]) -> li
 
 
 def _pre_tokenizer() -> Any:
-    """Splits words as GPT-2 does; each digit, punctuation mark and line end is a separate token."""
-    # Runs of blanks are split into fours and twos, so that indentation needs few tokens.
-    blanks = Regex(r"[\t\n]|    |  ")
+    """Splits words as GPT-2 does; each digit, punctuation mark and newline is a separate token."""
+    # Runs of spaces are split into fours and twos, so that indentation needs few tokens.
+    whitespace = Regex(r"[\t\n]|    |  ")
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(blanks, "isolated"),
+            pre_tokenizers.Split(whitespace, "isolated"),
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.Punctuation("isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),

@@ -38,7 +38,7 @@ _MAX_COMPILED = 64  # compiled schemas, expressions and grammars of one model
 # stack, which ends the process. By field: the text that is counted, its name in the error, the
 # limit.
 _CHAIN_LIMITS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
-# Only the blanks of Python's json.dumps: if any blanks were allowed, a model might generate them
+# Only the spaces of Python's json.dumps: if any whitespace were allowed, a model might generate it
 # forever.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

@@ -63,7 +63,7 @@ def condition_prompt(
 ) -> list[int]:
     """The tokens that the model reads under a condition to generate an image; `history` ends with
     begin_image. `layout` (None: Chameleon's) gives the tokens that precede an unconditional image,
-    and the marks within an image. `negative` are the tokens of a negative prompt, if any."""
+    and the markers of an image. `negative` are the tokens of a negative prompt, if any."""
     if condition == "full":
         return list(history)
     if condition == "unconditional" and negative:
@@ -71,10 +71,10 @@ def condition_prompt(
     if condition == "unconditional":
         before = [vocabulary.bos] if layout is None else map(vocabulary.id_of, layout.before)
         return [*before, vocabulary.begin_image]
-    marks = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image}
+    markers = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image}
     if layout is not None:
-        marks |= {vocabulary.id_of(n) for n in (*layout.head, *layout.line_end, *layout.tail)}
-    image_ids = marks | set(vocabulary.image_tokens.tolist())
+        markers |= {vocabulary.id_of(n) for n in (*layout.head, *layout.line_end, *layout.tail)}
+    image_ids = markers | set(vocabulary.image_tokens.tolist())
     # Size tokens follow begin_image. Images in the history may have another size than this
     # layout's, so they are found by position, not by id.
     num_size_tokens, begin = 0 if layout is None else len(layout.head) - 1, vocabulary.begin_image

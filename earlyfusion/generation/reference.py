@@ -58,7 +58,7 @@ def generate(transformer: Transformer, processor: Processor, request: Request) -
 def generate_tokens(
     transformer: Transformer, processor: Processor, request: Request
 ) -> Generator[int, None, None]:
-    """The new tokens of one reply, including marks and the closing stop token."""
+    """The new tokens of one reply, including image markers and the closing stop token."""
     with closing(_generate_with_logprobs(transformer, processor, request)) as tokens:
         for token, _ in tokens:
             yield token

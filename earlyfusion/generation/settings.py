@@ -94,7 +94,7 @@ class SamplingParams:
     no effect.
 
     `bad_words` never appear in the reply's text, however they are split into tokens. With
-    `allowed_words` all text consists of these words, separated by a blank or a line end. With one
+    `allowed_words` all text consists of these words, separated by a space or a newline. With one
     of `json_schema`, `regex` and `grammar` (Lark, in llguidance's form) the reply has one text that
     fits it (generation/constraint.py); a schema is kept as JSON. `logits_processors` change the
     logits of every sampled token after guidance and before the grammar's mask, the penalty and the

@@ -3,7 +3,7 @@
 One `Steering` serves one request, in the plain loop and in the engine. It changes the guided fp32
 logits of the whole vocabulary before the grammar's mask, the repetition penalty and the
 temperature, so it cannot break the grammar. It does not see tokens that the grammar forces (the
-marks of an image, or its beginning if nothing else may come), as these are not sampled.
+markers of an image, or its beginning if nothing else may come), as these are not sampled.
 
 Words are matched in the bytes of the text, so it does not matter how the tokenizer splits them. A
 new stretch of text begins after each image.
@@ -28,7 +28,7 @@ from earlyfusion.generation.request import Request, TokenLogprob
 from earlyfusion.generation.settings import LogitsProcessor
 from earlyfusion.processor import Processor
 
-_BLANKS = (b" ", b"\n")
+_SEPARATORS = (b" ", b"\n")
 
 
 class Steering:
@@ -125,7 +125,7 @@ def _apply_processor(processor: LogitsProcessor, ids: list[int], logits_V: Tenso
 class Words:
     """The text tokens that may come, given the words that a request forbids or allows. Only text
     after the prompt counts. No token may complete a bad word. With allowed words, each stretch of
-    text consists of them, with one blank or line end in between and at most one in front. Which
+    text consists of them, with one space or newline in between and at most one before them. Which
     tokens may come depends only on the end of the text, so they are cached by it."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
@@ -139,7 +139,7 @@ class Words:
         tokens = vocabulary.text_tokens.tolist()
         self._bytes = {token: data for token in tokens if (data := processor.token_bytes(token))}
         self._longest_token = processor.longest_token
-        self._next_words = frozenset(blank + word for blank in _BLANKS for word in self._allowed)
+        self._next_words = frozenset(sep + word for sep in _SEPARATORS for word in self._allowed)
         self._blocked_by: dict[object, Tensor] = {}
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
