@@ -1,4 +1,4 @@
-"""Text that fits a JSON schema, a regular expression or a grammar, in plain loop and engine."""
+"""Text that fits a JSON schema, a regular expression or a grammar, in reference loop and engine."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Chameleon:
 
 
 def segments(model: Chameleon, seed: int, **fields: Any) -> list[Any]:
-    """The segments by the engine, which are those of the plain loop."""
+    """The segments by the engine, which are those of the reference loop."""
     request = model.request("a pear", "interleaved", seed=seed, temperature=1.5, **fields)
     replies = []
     for events in (model.engine.generate(request), generate(*_parts(model), request)):

@@ -1,4 +1,4 @@
-"""The engine gives the tokens of the plain loop, whatever runs beside a request."""
+"""The engine gives the tokens of the reference loop, whatever runs beside a request."""
 
 from __future__ import annotations
 
@@ -658,7 +658,7 @@ def shifted(module: nn.Module, inputs: Any) -> Any:
 
 
 def third_place(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Patches one place of a prompt, as it stands in the plain loop: (1, T, D), read whole."""
+    """Patches one place of a prompt, as it stands in the reference loop: (1, T, D), read whole."""
     if output.shape[1] > 1:
         output = output.clone()
         output[:, 2] = 0

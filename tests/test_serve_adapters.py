@@ -111,7 +111,7 @@ def run(engine: Engine, requests: Sequence[Request], apart: int = 0) -> list[lis
 
 @pytest.fixture(scope="module")
 def expected(base: Path, folders: dict[str, Path], device: torch.device) -> list[list[int]]:
-    """What the plain loop generates with the merged models."""
+    """What the reference loop generates with the merged models."""
     alone = {n: Chameleon.load(base, str(device), "fp32", adapter=folders.get(n)) for n in NAMES}
     tokens = [
         list(generate_tokens(alone[one.adapter].transformer, alone[""].processor, one))

@@ -1,4 +1,4 @@
-"""The static step: tokens of the plain loop, in bursts, without a look at any value."""
+"""The static step: tokens of the reference loop, in bursts, without a look at any value."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def run(engine: Engine, requests: list[Request], apart: list[int]) -> list[list[
 
 
 def loop_tokens(transformer: Transformer, processor: Processor, request: Request) -> list[int]:
-    """The tokens of the plain loop, up to a stop string."""
+    """The tokens of the reference loop, up to a stop string."""
     tokens = list(generate_tokens(transformer, processor, request))
     if request.sampling.stop is None:
         return tokens
@@ -279,7 +279,7 @@ def test_a_full_cache_takes_no_blocks_early(transformer: Transformer, processor:
 
 @pytest.mark.gpu
 def test_captured_steps_equal_called_ones(processor: Processor) -> None:
-    """On a CUDA device, fp32: all kinds of requests, tokens of the plain loop there."""
+    """On a CUDA device, fp32: all kinds of requests, tokens of the reference loop there."""
     transformer = tiny_transformer(processor, begin_image=1.0).cuda()
     engine = Engine(transformer, processor)
     assert engine.runner.bursts is not None

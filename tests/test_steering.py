@@ -1,4 +1,4 @@
-"""Words, logits processors, log-probabilities, scores: one thing in plain loop and engine."""
+"""Words, logits processors, log-probabilities, scores: one thing in reference loop and engine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def comparable(events: list[Event]) -> list[Any]:
 
 
 def engine_and_loop(model: Chameleon, request: Request) -> list[Any]:
-    """The events of the engine, which are those of the plain loop."""
+    """The events of the engine, which are those of the reference loop."""
     events = comparable(list(model.engine.generate(request)))
     plain = comparable(list(generate(model.transformer, model.processor, request)))
     for engine_event, loop_event in zip(events, plain, strict=True):

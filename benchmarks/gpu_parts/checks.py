@@ -156,7 +156,7 @@ def _heads(
 
 
 def _replies(settings: Settings) -> Iterator[Row]:
-    """mini in fp32: the engine on the device beside the plain loop on the CPU, token by token.
+    """mini in fp32: the engine on the device beside the reference loop on the CPU, token by token.
 
     A tie may fall otherwise in other sums; all after it then differs.
     """
@@ -180,7 +180,7 @@ def _replies(settings: Settings) -> Iterator[Row]:
         same = next(
             (n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(wanted)
         )
-        note = f"of {len(wanted)} tokens of the plain loop in fp32 on the CPU"
+        note = f"of {len(wanted)} tokens of the reference loop in fp32 on the CPU"
         yield Row(f"mini, {what}: equal tokens", "", {OURS: float(same)}, note)
 
 

@@ -171,7 +171,7 @@ class Handle:
 
     def _plan_sampling(self) -> None:
         """Accept forced tokens up to the next token that must be sampled, and plan its sampling."""
-        # A forced token needs no logits, but uses up its uniform number, as in the plain loop.
+        # A forced token needs no logits, but uses up its uniform number, as in the reference loop.
         while not self.finished and (token := self.grammar_state.forced) is not None:
             self._append(token)
         if self.grammar_state.done:

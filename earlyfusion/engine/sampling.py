@@ -121,7 +121,7 @@ class TokenSampler:
         self._blocked_by_steering[handle] = ~allowed_V[self.text_head.ids_V]
         return True
 
-    # ---- one request at a time, as in the plain loop
+    # ---- one request at a time, as in the reference loop
 
     def _sample_steered(self, x_RD: Tensor, step: Step, handle: Handle) -> list[int]:
         """One token from the whole vocabulary; none if the steering fails."""

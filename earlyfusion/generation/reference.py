@@ -1,5 +1,5 @@
-"""The plain loop that defines what is correct: one request, one token at a time. The engine must
-sample the same tokens.
+"""The reference loop that defines what is correct: one request, one token at a time. The engine
+must sample the same tokens.
 
 `generate_tokens` gives the tokens of a reply, `generate` its events. The reader of the whole
 history keeps its cache through every change of modality. A guided image opens readers for the other

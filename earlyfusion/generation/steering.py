@@ -1,7 +1,7 @@
 """Words, constraints, logits processors and log-probabilities of one request.
 
-One `Steering` serves one request, in the plain loop and in the engine. It changes the guided fp32
-logits of the whole vocabulary before the grammar's mask, the repetition penalty and the
+One `Steering` serves one request, in the reference loop and in the engine. It changes the guided
+fp32 logits of the whole vocabulary before the grammar's mask, the repetition penalty and the
 temperature, so it cannot break the grammar. It does not see tokens that the grammar forces (the
 markers of an image, or its beginning if nothing else may come), as these are not sampled.
 

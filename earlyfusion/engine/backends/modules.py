@@ -1,4 +1,4 @@
-"""Calls the transformer's own modules, as the plain loop does: slow, but right with any module.
+"""Calls the transformer's own modules, as the reference loop does: slow, but right with any module.
 Used if some modules have hooks or are of other classes: these see one sequence at a time as (1, T),
 and every prompt whole."""
 
