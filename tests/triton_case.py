@@ -147,7 +147,7 @@ def test_attention(case: Case) -> None:
 @needs_values
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 4])
-def test_attention_at_the_ends_of_stretches(group: int, dtype: torch.dtype) -> None:
+def test_attention_at_the_ends_of_splits(group: int, dtype: torch.dtype) -> None:
     """What is beyond a row's end is not finite."""
     source = torch.Generator().manual_seed(0)
     lengths = [1, 255, 256, 257, 512, 600]
