@@ -532,7 +532,7 @@ def test_what_the_compiled_step_does_not_take() -> None:
             assert fits(other, cache) == (kind != "gelu")
         finally:
             object.__delattr__(other.config, "hidden_act")
-    with pytest.raises(ValueError, match="no cache in this dtype"):
+    with pytest.raises(ValueError, match="a cache in fp32, bf16 or scaled int8"):
         CpuStep(Transformer(shape), cache.to(torch.int8), 4, 32)
     assert not fits(Transformer(shape), cache.half())
     assert not fits(Transformer(shape), Paged(shape, 1, 4, block_size=8).cache.kv_BL2KSH)
