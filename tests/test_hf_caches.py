@@ -138,6 +138,18 @@ def test_assisted_as_in_the_stock_class(
         )
 
 
+def test_an_assistant_of_another_class(pair: Pair, device: torch.device) -> None:
+    torch.manual_seed(1)
+    settings = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 16}
+    config = transformers.LlamaConfig(**settings, num_hidden_layers=1, num_attention_heads=2)
+    llama = transformers.LlamaForCausalLM(config).eval().to(device)
+    how = {"do_sample": False, "max_new_tokens": 12}
+    expected = pair.own.generate(**tokens(device), **how)
+    for helper in (llama, pair.stock):
+        actual = pair.own.generate(**tokens(device), **how, assistant_model=helper)
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -131,6 +131,16 @@ class MultimodalGeneration:
             for processor in grammar_processors:
                 processor.begin(rows_stay=False)
 
+    def _get_candidate_generator(
+        self, *args: Any, model_kwargs: Any, assistant_model: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; an assistant model of another class has no image logits to choose."""
+        if assistant_model is not None and not isinstance(assistant_model, MultimodalGeneration):
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k != "image_logits"}
+        more = kwargs | {"model_kwargs": model_kwargs, "assistant_model": assistant_model}
+        parent: Any = super()
+        return parent._get_candidate_generator(*args, **more)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching; as in plain `generate`, without image tokens."""
         parent: Any = super()
