@@ -398,6 +398,22 @@ class TestForward:
         expected = full[:, keep] if isinstance(keep, Tensor) else full[:, -keep:]
         assert_close(kept, expected)
 
+    @pytest.mark.parametrize("last", ["text", "image"])
+    def test_a_loss_of_the_kept_logits(
+        self, stock: Any, plain: Any, last: str, device: torch.device
+    ) -> None:
+        inputs = prompts(device)
+        if last == "image":
+            inputs = {k: v[1:, :-2] if k != "pixel_values" else v[2:] for k, v in inputs.items()}
+        labels = inputs["input_ids"][:, -3:]
+        kept = plain(**inputs, labels=labels, logits_to_keep=3).loss
+        masked = inputs["input_ids"].clone()
+        masked[:, :-2] = -100
+        assert_close(kept, plain(**inputs, labels=masked).loss, atol=1e-5, rtol=1e-5)
+        if last == "text":
+            expected = stock(**inputs, labels=labels, logits_to_keep=3).loss
+            assert_close(kept, expected, atol=1e-4, rtol=1e-5)
+
     def test_step_by_step_equals_whole(self, plain: Any, device: torch.device) -> None:
         ids = torch.randint(40, 90, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
         full, cache, steps = plain(ids).logits, None, []

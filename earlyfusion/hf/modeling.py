@@ -747,7 +747,7 @@ class ChameleonForConditionalGeneration(
             logits_BTV = self._without_images(logits_BTV)
         scored_BTV = logits_BTV
         if labels is not None and with_image_logits:
-            labels = self._image_labels(labels, input_ids, mm_encoder_outputs)
+            labels = self._image_labels(labels, input_ids, mm_encoder_outputs, logits_to_keep)
             if image_logits is None:
                 shifted = kwargs.get("shift_labels")
                 scored_BTV = self._mask_image_logits_of_text_rows(logits_BTV, shifted, labels)
@@ -782,14 +782,19 @@ class ChameleonForConditionalGeneration(
         return inputs
 
     def _image_labels(
-        self, labels: Tensor, input_ids: Tensor | None, encoded: dict[str, Any] | None
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None,
+        encoded: dict[str, Any] | None,
+        logits_to_keep: int | Tensor,
     ) -> Tensor:
         if input_ids is None or not encoded or encoded.get("image") is None:
             return labels
         filled_ids = self.model.fill_placeholders(
             input_ids, self.model.to_token_ids(encoded["image"])
         )
-        return _relabel_placeholders(labels, input_ids, filled_ids)
+        kept, filled = (_kept_positions(ids, logits_to_keep) for ids in (input_ids, filled_ids))
+        return _relabel_placeholders(labels, kept, filled)
 
     def _without_images(self, logits_BTV: Tensor) -> Tensor:
         columns = self.model.vocabulary_mapping.image_columns(logits_BTV.device)
@@ -822,11 +827,11 @@ def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
     return (torch.arange(x_BTD.shape[1], device=x_BTD.device) + past)[None]
 
 
-def _kept_positions(states_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The states of the last `logits_to_keep` positions, or at those indices; all for 0."""
+def _kept_positions(values_BT: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The values of the last `logits_to_keep` positions, or at those indices; all for 0."""
     if isinstance(logits_to_keep, Tensor):
-        return states_BTD[:, logits_to_keep]
-    return states_BTD[:, -logits_to_keep:] if logits_to_keep > 0 else states_BTD
+        return values_BT[:, logits_to_keep]
+    return values_BT[:, -logits_to_keep:] if logits_to_keep > 0 else values_BT
 
 
 def _filling_forward(forward: Callable[..., Any], owner: Any = None) -> Callable[..., Any]:
