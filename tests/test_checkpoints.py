@@ -14,6 +14,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
 
@@ -204,6 +205,51 @@ def answered(folder: Path) -> list[str]:
         assert all(model.config.eos_token_id in row for row in new.tolist())
         texts += processor.batch_decode(new, skip_special_tokens=True)
     return texts
+
+
+class TestTiedHeads:
+    """Files may hold other tensors than config.json, which ties the head to the embedding, says."""
+
+    @pytest.fixture
+    def tied(self, tmp_path: Path) -> Path:
+        save_tiny(tmp_path / "model", replace(TINY, tie_word_embeddings=True))
+        return tmp_path / "model"
+
+    def change(self, folder: Path, **tensors: Any) -> Any:
+        stored = load_file(folder / "model.safetensors")
+        stored = {name: tensor for name, tensor in stored.items() if name not in tensors}
+        stored |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+        theirs = transformers.ChameleonForConditionalGeneration.from_pretrained(folder)
+        return theirs.model.embed_tokens.weight, theirs.lm_head.weight
+
+    @pytest.mark.filterwarnings("ignore")  # transformers' own, about the config
+    @pytest.mark.parametrize("to", [None, "hf", "meta"])
+    def test_a_head_of_its_own_is_kept(self, tied: Path, tmp_path: Path, to: Any) -> None:
+        head = torch.randn(TINY.vocab_size, TINY.hidden_size)
+        expected = self.change(tied, **{"lm_head.weight": head})
+        if to:
+            convert(tied, tmp_path / to, to)
+        loaded = load(tmp_path / to if to else tied).transformer
+        assert torch.equal(loaded.lm_head.weight, head)
+        assert torch.equal(expected[1], head)
+        assert torch.equal(loaded.model.embed_tokens.weight, expected[0])
+
+    def test_the_same_head_twice_stays_one(self, tied: Path) -> None:
+        weights = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+        self.change(tied, **{"lm_head.weight": weights.clone()})
+        loaded = load(tied).transformer
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+    def test_only_the_head_is_there(self, tied: Path, tmp_path: Path) -> None:
+        weights = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+        names = {"lm_head.weight": weights, "model.embed_tokens.weight": None}
+        expected = self.change(tied, **names)
+        convert(tied, tmp_path / "again", "hf")
+        for folder in (tied, tmp_path / "again"):
+            loaded = load(folder).transformer
+            assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+            assert torch.equal(loaded.lm_head.weight, expected[0])
 
 
 class TestEnds:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -83,6 +84,7 @@ def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     if anole.is_early(tensors):
         tensors = _to_current_names(tensors, config, folder)
+    config = _untied_if_stored_apart(config, tensors)
     grid, is_lumina = config.vq_config.grid, lumina.is_lumina(data)
     defaults = {"chameleon": lumina.SAMPLING} if is_lumina else {}
     generation_config = read_json(folder / "generation_config.json", needed=False)
@@ -173,6 +175,19 @@ def _at_least_16_bits(stored: Stored) -> Stored:
     """Floats of 8 bits as bf16, which holds each of them exactly and has every operation."""
     is_narrow = stored.dtype.is_floating_point and stored.dtype.itemsize == 1
     return stored.to(torch.bfloat16) if is_narrow else stored
+
+
+def _untied_if_stored_apart(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
+    """The config of a model whose files may hold a head of its own although config.json ties it to
+    the embedding: the files decide, as in transformers. If they only hold the head, it is both."""
+    if not config.tie_word_embeddings or HEAD not in tensors:
+        return config
+    if EMBEDDING not in tensors:
+        tensors[EMBEDDING] = tensors[HEAD]
+        return config
+    embedding, head = (tensors[name].read() for name in (EMBEDDING, HEAD))
+    is_one = torch.equal(embedding.to(head.dtype), head)
+    return config if is_one else replace(config, tie_word_embeddings=False)
 
 
 def _to_current_names(
