@@ -4,6 +4,7 @@ translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer) and 2.3 (st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -171,7 +172,7 @@ class ModelConfig:
         # Older files have `rope_scaling`, which also takes precedence in transformers.
         rope = known.get("rope_scaling") or _object(data, "rope_parameters")
         if rope.get("rope_theta") is not None:
-            known["rope_theta"] = _typed(rope, "rope_theta", float)
+            known["rope_theta"] = typed(rope, "rope_theta", float)
         known["rope_scaling"] = _scaling(rope, data)
         return cls(**known)
 
@@ -224,20 +225,21 @@ def _known(cls: type[ModelConfig] | type[VQConfig], data: dict[str, Any]) -> dic
     """The fields of `cls` that a file gives; null leaves the default."""
     types = get_type_hints(cls)
     names = [f.name for f in fields(cls) if f.name != "vq_config"]
-    return {name: _typed(data, name, types[name]) for name in names if data.get(name) is not None}
+    return {name: typed(data, name, types[name]) for name in names if data.get(name) is not None}
 
 
 def _object(data: dict[str, Any], name: str) -> dict[str, Any]:
     """The JSON object of this name, empty if there is none."""
-    found: dict[str, Any] = _typed(data, name, dict) if data.get(name) is not None else {}
+    found: dict[str, Any] = typed(data, name, dict) if data.get(name) is not None else {}
     return found
 
 
-def _typed(data: dict[str, Any], name: str, expected: Any) -> Any:
+def typed(data: Mapping[str, Any], name: str, expected: Any, where: str = "config.json") -> Any:
+    """`data[name]`; `CheckpointError`, which names the file `where`, if it is not `expected`."""
     value = data[name]
     if not _fits(value, expected):
         raise CheckpointError(
-            f"{name}={value!r} in config.json is of the wrong type: it must be "
+            f"{name}={value!r} in {where} is of the wrong type: it must be "
             f"{getattr(expected, '__name__', expected)}"
         )
     return value

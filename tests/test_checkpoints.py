@@ -699,6 +699,47 @@ class TestMetaMistakes:
         with pytest.raises(CheckpointError, match="gives no vocab_size"):
             load(folder)
 
+    @pytest.mark.parametrize(
+        ("name", "value", "sentence"),
+        [
+            ("dim", "32", r"dim='32' in the params of .* is of the wrong type: it must be int"),
+            ("dim", 32.0, r"dim=32\.0 in the params of .* must be int"),
+            ("n_layers", None, "gives no n_layers"),
+            ("multiple_of", 0, "multiple_of=0 in the params of .* must be at least 1"),
+            ("multiple_of", "x", "multiple_of='x' in the params of .* must be int"),
+            ("ffn_dim_multiplier", "x", "ffn_dim_multiplier='x' in the params of .* must be float"),
+            ("swin_norm", 1, "swin_norm=1 in the params of .* must be bool"),
+        ],
+    )
+    def test_params_of_another_type(
+        self, folder: Path, name: str, value: Any, sentence: str
+    ) -> None:
+        params = json.loads((folder / "params.json").read_text())
+        params["model"][name] = value
+        (folder / "params.json").write_text(json.dumps(params))
+        with pytest.raises(CheckpointError, match=sentence):
+            load(folder, verify=False)
+
+    @pytest.mark.parametrize("name", ["norm_eps", "rope_theta", "max_position_embeddings"])
+    def test_null_leaves_the_default(self, folder: Path, name: str) -> None:
+        params = json.loads((folder / "params.json").read_text())
+        params["model"][name] = None
+        (folder / "params.json").write_text(json.dumps(params))
+        config = load(folder, verify=False).config
+        defaults = (ModelConfig.rms_norm_eps, ModelConfig.rope_theta, 4096)
+        assert (config.rms_norm_eps, config.rope_theta, config.max_position_embeddings) == defaults
+
+    def test_a_model_that_is_none(self, folder: Path) -> None:
+        (folder / "params.json").write_text('{"model": [1]}')
+        with pytest.raises(CheckpointError, match=r"model=\[1\] in .*params\.json is of the wrong"):
+            load(folder, verify=False)
+
+    def test_tensors_without_names(self, folder: Path) -> None:
+        for path in folder.glob("*.pth"):
+            torch.save(dict(enumerate(torch.load(path, weights_only=True).values())), path)
+        with pytest.raises(CheckpointError, match="holds more than tensors"):
+            load(folder, verify=False)
+
     def test_no_tokenizer(self, folder: Path) -> None:
         (folder.parent.parent / "tokenizer").unlink()
         with pytest.raises(CheckpointError, match=r"no text_tokenizer\.json beside"):
@@ -752,8 +793,12 @@ class TestVQGAN:
             build_vqgan(*open_vqgan(folder), folder)
         assert not (folder / "ran").exists()
 
-    def test_a_config_that_is_none(self, folder: Path) -> None:
-        (folder / "vqgan.yaml").write_text("model: {}")
+    @pytest.mark.parametrize("field", ["", "resolution", "z_channels", "ch_mult", "double_z"])
+    def test_a_config_that_is_none(self, folder: Path, field: str) -> None:
+        text = (folder / "vqgan.yaml").read_text()
+        wrong = re.sub(rf"\b{field}:.*", f"{field}: wrong", text) if field else "model: {}"
+        assert wrong != text
+        (folder / "vqgan.yaml").write_text(wrong)
         with pytest.raises(CheckpointError, match=r"vqgan\.yaml is missing or not a VQ-GAN config"):
             build_vqgan(*open_vqgan(folder), folder)
 

@@ -36,7 +36,7 @@ from earlyfusion.checkpoints.source import (
     read_json,
     torch_load,
 )
-from earlyfusion.config import ModelConfig, VQConfig
+from earlyfusion.config import ModelConfig, VQConfig, typed
 from earlyfusion.errors import CheckpointError
 from earlyfusion.files import new_folder
 from earlyfusion.model.vqgan import VQGAN
@@ -55,6 +55,22 @@ Split = Callable[[Tensor, Shard, ModelConfig], Tensor]
 
 VQ_CONFIG, VQ_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
 _FREQUENCIES = "rope.freqs"
+# The fields of params.json that are read.
+_PARAMS: dict[str, Any] = {
+    "dim": int,
+    "n_layers": int,
+    "n_heads": int,
+    "n_kv_heads": int,
+    "vocab_size": int,
+    "multiple_of": int,
+    "ffn_dim_multiplier": float,
+    "norm_eps": float,
+    "rope_theta": float,
+    "qk_normalization": bool,
+    "swin_norm": bool,
+    "max_position_embeddings": int,
+    "model_parallel_size": int,
+}
 _IGNORED = {_FREQUENCIES}
 
 
@@ -156,6 +172,7 @@ def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
         eos_token_id=ids.eos,
         pad_token_id=ids.pad,
     )
+    config.check()
     return Source(
         folder=folder,
         config=config,
@@ -216,10 +233,13 @@ def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
     """The model's shape from params.json, its "model" entry, and consolidate_params.json."""
     params = read_json(folder / "params.json")
-    override = folder / "consolidate_params.json"
-    merged = params | dict(params.get("model") or {})
-    if override.exists():
-        merged |= read_json(override)
+    if params.get("model") is not None:
+        params |= typed(params, "model", dict, str(folder / "params.json"))
+    override = read_json(folder / "consolidate_params.json", needed=False)
+    given, where = params | override, f"the params of {folder}"
+    # null leaves the default.
+    names = [name for name in _PARAMS if given.get(name) is not None]
+    merged = {name: typed(given, name, _PARAMS[name], where) for name in names}
     missing = [n for n in ("dim", "n_layers", "n_heads", "vocab_size") if merged.get(n, -1) <= 0]
     if missing:
         raise CheckpointError(
@@ -227,6 +247,10 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
         )
     if not merged.get("qk_normalization", False):
         raise CheckpointError(f"{folder} has no QK-norm: only Chameleon checkpoints can be read")
+    if merged.get("multiple_of", 1) < 1:
+        raise CheckpointError(
+            f"multiple_of={merged['multiple_of']} in {where} must be at least 1: get the file again"
+        )
     return ModelConfig(
         vocab_size=merged["vocab_size"],
         hidden_size=merged["dim"],
@@ -325,21 +349,23 @@ def _vq_config(path: Path) -> VQConfig:
     try:
         params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
         shape = params["ddconfig"]
-        return VQConfig(
-            embed_dim=params["embed_dim"],
-            num_embeddings=params["n_embed"],
-            double_latent=shape["double_z"],
-            latent_channels=shape["z_channels"],
-            resolution=shape["resolution"],
-            in_channels=shape["in_channels"],
-            base_channels=shape["ch"],
-            channel_multiplier=shape["ch_mult"],
-            num_res_blocks=shape["num_res_blocks"],
-            attn_resolutions=shape["attn_resolutions"],
-            dropout=shape["dropout"],
-            attn_type=shape.get("attn_type", "vanilla"),  # Meta's own files leave it out
+        return VQConfig.from_dict(
+            {
+                "embed_dim": params["embed_dim"],
+                "num_embeddings": params["n_embed"],
+                "double_latent": shape["double_z"],
+                "latent_channels": shape["z_channels"],
+                "resolution": shape["resolution"],
+                "in_channels": shape["in_channels"],
+                "base_channels": shape["ch"],
+                "channel_multiplier": shape["ch_mult"],
+                "num_res_blocks": shape["num_res_blocks"],
+                "attn_resolutions": shape["attn_resolutions"],
+                "dropout": shape["dropout"],
+                "attn_type": shape.get("attn_type", "vanilla"),  # Meta's own files leave it out
+            }
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         raise CheckpointError(
             f"{path} is missing or not a VQ-GAN config: get the file again"
         ) from None
