@@ -129,6 +129,18 @@ class TestModes:
         assert set(generated[len(expected) :]) <= {loaded.processor.vocabulary.eos}
         assert out[0, : len(ids)].tolist() == ids
 
+    def test_images_that_were_encoded_before(self, model: Any, processor: Any) -> None:
+        inputs = processor(images=[make_image(1)], text="What is this? <image>").to(model.device)
+        how = {"multimodal_generation_mode": "image-only", "do_sample": False}
+        how |= {"guidance_text": 1.5, "guidance_image": 2.0}
+        expected = model.generate(**inputs, **how)
+        features = model.get_image_features(inputs["pixel_values"])
+        encoded = {"mm_encoder_outputs": {"image": features}}
+        with pytest.raises(PromptError, match="give the images once"):
+            model.generate(**inputs, **encoded, **how)
+        del inputs["pixel_values"]
+        assert torch.equal(model.generate(**inputs, **encoded, **how), expected)
+
     def test_image_only_is_one_whole_image(self, model: Any, processor: Any) -> None:
         inputs = processor(text=["Draw a pear.", "Draw a red apple, please."], padding=True)
         inputs = inputs.to(model.device)

@@ -167,9 +167,16 @@ class MultimodalGeneration:
         ids_BT = kwargs.pop("input_ids", inputs)
         if ids_BT is None:
             raise PromptError("a multimodal_generation_mode needs a prompt: pass input_ids")
-        pixels = kwargs.pop("pixel_values", None)
+        pixels, encoded = kwargs.pop("pixel_values", None), kwargs.pop("mm_encoder_outputs", None)
         kwargs.pop("mm_token_type_ids", None)
-        return ids_BT if pixels is None else self.model.fill_image_tokens(ids_BT, pixels)
+        if pixels is not None and encoded is not None:
+            raise PromptError("give the images once: as pixel_values or as mm_encoder_outputs")
+        if pixels is not None:
+            return self.model.fill_image_tokens(ids_BT, pixels)
+        if encoded and encoded.get("image") is not None:
+            tokens = self.model.to_token_ids(encoded["image"])
+            return self.model.fill_placeholders(ids_BT, tokens)
+        return ids_BT
 
     def _limits_of(
         self,
