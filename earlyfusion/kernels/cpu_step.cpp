@@ -849,8 +849,8 @@ void earlyfusion_sample(const Choice* choices, int64_t B, int64_t* columns, int6
   for (int64_t b = 0; b < B; b++) widest = std::max(widest, choices[b].columns);
 #pragma omp parallel num_threads(std::min(threads, B))
   {
-    AlignedVector<float> z(widest + 15);
-    AlignedVector<double> e(widest + 15);
+    AlignedVector<float> z(widest + PADDING - 1);
+    AlignedVector<double> e(widest + PADDING - 1);
 #pragma omp for
     for (int64_t b = 0; b < B; b++) columns[b] = sample_column(choices[b], z.data(), e.data());
   }

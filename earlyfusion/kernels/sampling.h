@@ -14,6 +14,7 @@
 namespace {
 
 const int DOUBLE_LANES = LANES / 2;  // doubles in a register
+const int64_t PADDING = 2 * LANES;   // rows of logits are padded to a multiple of two registers
 typedef double doubles __attribute__((vector_size(8 * DOUBLE_LANES)));
 typedef int64_t longs __attribute__((vector_size(8 * DOUBLE_LANES)));
 typedef float narrow_floats __attribute__((vector_size(4 * DOUBLE_LANES)));
@@ -98,7 +99,7 @@ inline float max_of(const float* z, int64_t n) {
   return top;
 }
 
-// One row of logits z and scratch e, both padded to a multiple of 16.
+// One row of logits z and scratch e, both padded to a multiple of PADDING.
 struct LogitsRow {
   int64_t count, n;  // n: `count`, padded
   float* z;
@@ -107,7 +108,7 @@ struct LogitsRow {
   bool can_sample;  // all logits are finite or -inf, and at least one is not blocked
 
   LogitsRow(int64_t count, float temperature, float* z, double* e)
-      : count(count), n((count + 15) / 16 * 16), z(z), e(e) {
+      : count(count), n((count + PADDING - 1) / PADDING * PADDING), z(z), e(e) {
     for (int64_t i = count; i < n; i++) z[i] = -INFINITY;
     top = max_of(z, n);
     can_sample = top > -INFINITY && is_finite();
@@ -218,7 +219,7 @@ struct LogitsRow {
 };
 
 // The column sampled from a choice; -1 if its logits are not finite. z and e hold `columns`, padded
-// to a multiple of 16.
+// to a multiple of PADDING.
 int64_t sample_column(const Choice& c, float* z, double* e) {
   c.combine(z);
   LogitsRow row(c.columns, float(c.temperature), z, e);
