@@ -190,7 +190,10 @@ class Chameleon:
         loaded with `adapter` does. Each takes the memory of the layers once more. Raises
         `CheckpointError` and `SettingError`.
         """
-        for folder in (adapter, *(adapters or {}).values()):
+        _check_path("name", name)
+        for option, folder in (("adapter", adapter), *_named_folders(adapters)):
+            if folder is not None:
+                _check_path(option, folder)
             _check_adapter(folder, tensor_parallel)
         single_process = tensor_parallel == 1
         if not single_process:
@@ -298,6 +301,7 @@ class Chameleon:
                 "a model on several processes cannot be saved, as each holds only a share: "
                 "load it with tensor_parallel=1"
             )
+        _check_path("folder", folder)
         target, tokenizer = expanded(folder), self.processor.tokenizer_file
         if not tokenizer.is_file():
             raise CheckpointError(f"{tokenizer} is gone: a saved model needs its tokenizer file")
@@ -466,7 +470,7 @@ class Chameleon:
         adapter: str | None,
         fields: Mapping[str, Any],
     ) -> Request:
-        if output not in get_args(Output):
+        if not isinstance(output, str) or output not in get_args(Output):
             raise SettingError.unknown("output", output, get_args(Output))
         if output in ("image", "interleaved") and not self.can_draw:
             raise CheckpointError(
@@ -494,7 +498,7 @@ class Chameleon:
         return request
 
     def _check_adapter_name(self, adapter: str | None) -> None:
-        if adapter is None or adapter in self.adapters:
+        if adapter is None or (isinstance(adapter, str) and adapter in self.adapters):
             return
         if self.adapters:
             raise SettingError.unknown("adapter", adapter, self.adapters)
@@ -780,6 +784,22 @@ def _num_weights(transformer: Transformer) -> int:
     packed = [m for m in transformer.modules() if isinstance(m, PackedLinear)]
     plain = sum(parameter.numel() for parameter in transformer.parameters())
     return plain + sum(m.in_features * m.out_features for m in packed)
+
+
+def _check_path(name: str, value: object) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise SettingError(
+            f"{name} is an object of type {type(value).__name__}: give a str or a Path"
+        )
+
+
+def _named_folders(adapters: object) -> list[tuple[str, Any]]:
+    """The folders of `adapters`, each with the name of that option."""
+    if not isinstance(adapters, Mapping | None):
+        raise SettingError(
+            f"adapters is a {type(adapters).__name__}: give a dict of names and folders"
+        )
+    return [("adapters", folder) for folder in (adapters or {}).values()]
 
 
 def _check_own_gpu(device: str) -> None:

@@ -11,6 +11,7 @@ Reading the largest image takes about 1 GB of memory, 2 GB as AVIF or WEBP.
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -39,6 +40,7 @@ MAX_SIDE = 16_384
 MAX_FILE_PIXELS = 200_000_000
 MAX_PIXELS = 25_000_000  # of an image in memory; larger ones are scaled down while being read
 PLACEHOLDER = "<image>"
+_MAX_NAME = 200  # characters of a name that an error repeats
 
 # Readers by first bytes. PIL.Image.open would try every format, and warn about large files.
 _READERS: dict[bytes, type[ImageFile]] = {
@@ -70,9 +72,13 @@ Deep: TypeAlias = Literal["scale", "clip"]
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of text."""
+    """A stretch of text. Raises `PromptError` for another type."""
 
     text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise PromptError(f"a Text holds an object of {_type_of(self.text)}: give a str")
 
 
 @dataclass(eq=False)
@@ -89,6 +95,11 @@ class Image:
         if self.pil is None and self.codes is None:
             raise ImageError("an image needs pixels or codes: use Image.open, Image.of or codes=")
         if self.pil is not None:
+            if not isinstance(self.pil, PIL.Image.Image):
+                raise ImageError(
+                    f"an object of {_type_of(self.pil)} is not a PIL image: use Image.of, which "
+                    "also takes paths, bytes, arrays and tensors"
+                )
             self.pil = _to_upright_rgb(self.pil, "the image")
         if self.codes is not None:
             self.codes = _checked_codes(self.codes)
@@ -98,19 +109,40 @@ class Image:
         """Read an image file: PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, and HEIC with the extra
         "heic". Of several frames the first is read. `deep="clip"` clips values at 255, as Meta's
         code does, instead of scaling them."""
-        name = str(path)
+        if not isinstance(path, str | os.PathLike):
+            raise ImageError(
+                f"an object of {_type_of(path)} is not a path: give a str or a Path, or use "
+                "Image.of for an image, bytes or an array"
+            )
+        name = _shown_name(str(path))
         return cls(_decode(_read_file(path, name), name, deep))
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str = "the image", *, deep: Deep = "scale") -> Image:
+    def from_bytes(
+        cls,
+        data: bytes | bytearray | memoryview,
+        name: str = "the image",
+        *,
+        deep: Deep = "scale",
+    ) -> Image:
         """Read an image from the bytes of a file, which errors call `name`."""
-        return cls(_decode(data, name, deep))
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise ImageError(
+                f"an object of {_type_of(data)} is not the bytes of a file: give bytes, or use "
+                "Image.open for a path"
+            )
+        return cls(_decode(bytes(data), name, deep))
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Image:
         """An image from [Y, X], [Y, X, C] or [C, Y, X] with C = 1, 3 or 4 (grey, RGB, RGBA). The
         last axis is the channel if its length is 1, 3 or 4, else the first is. Whole numbers are 0
         to 255, floats 0 to 1."""
+        if not isinstance(array, np.ndarray):
+            raise ImageError(
+                f"an object of {_type_of(array)} is not a numpy array: give one, or use Image.of "
+                "for a tensor, image or path"
+            )
         pixels = _as_uint8(_channels_last(array))
         return cls(PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
@@ -124,7 +156,7 @@ class Image:
         if isinstance(source, str | Path):
             return cls.open(source, deep=deep)
         if isinstance(source, bytes | bytearray | memoryview):
-            return cls.from_bytes(bytes(source), deep=deep)
+            return cls.from_bytes(source, deep=deep)
         if isinstance(source, np.ndarray):
             return cls.from_array(source)
         if _is_tensor(source):
@@ -375,6 +407,14 @@ def check_alternation(messages: Sequence[Message]) -> None:
                 f"message {number + 1} of {len(messages)} is the {message.role}'s out of turn: "
                 "user and assistant alternate, the user first; join neighbours of one role"
             )
+
+
+def _type_of(value: object) -> str:
+    return f"type {type(value).__name__}"
+
+
+def _shown_name(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "…"
 
 
 def _read_file(source: str | Path, name: str) -> bytes:

@@ -221,8 +221,14 @@ def _is_single(images: Any) -> bool:
 
 
 def _check_codes(codes: Any) -> Tensor:
-    tensor: Tensor = torch.as_tensor(codes)
-    if tensor.ndim != 3 or tensor.is_floating_point() or 0 in tensor.shape[1:]:
+    try:
+        tensor: Tensor = torch.as_tensor(codes)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ImageError(
+            f"an object of type {type(codes).__name__} holds no codes: give whole numbers [n, h, w]"
+        ) from None
+    whole = not (tensor.is_floating_point() or tensor.is_complex())
+    if tensor.ndim != 3 or not whole or 0 in tensor.shape[1:]:
         raise ImageError(
             f"codes of shape {tuple(tensor.shape)} and type {tensor.dtype} cannot be decoded: "
             "give whole numbers [n, h, w]"

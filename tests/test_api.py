@@ -501,3 +501,29 @@ def test_weights_of_fewer_bits_answer_as_their_plain_loop(dtype: str) -> None:
 def test_load_refuses_unknown_settings(arguments: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=r"use (one of )?auto"):
         Chameleon.load("mini", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"name": 7}, "name is an object of type int: give a str or a Path"),
+        ({"adapter": ["a"]}, "adapter is an object of type list: give a str or a Path"),
+        ({"adapters": {"a": 5}}, "adapters is an object of type int: give a str or a Path"),
+        ({"adapters": ["run/adapter"]}, "adapters is a list: give a dict of names and folders"),
+        ({"adapters": "run/adapter"}, "adapters is a str: give a dict of names and folders"),
+    ],
+)
+def test_load_refuses_what_is_no_path(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingError, match=sentence):
+        Chameleon.load(**arguments)
+
+
+def test_arguments_of_another_type_are_named(model: Chameleon) -> None:
+    wrong: list[Any] = [["a"], {"a": 1}, np.array(["text", "image"])]
+    for value in wrong:
+        with pytest.raises(SettingError, match=r"adapter=.* is unknown"):
+            model.generate("x", "text", adapter=value)
+    with pytest.raises(SettingError, match="output=<ndarray> is unknown"):
+        model.generate_batch(["x", "y"], wrong[-1])
+    with pytest.raises(SettingError, match="folder is an object of type int: give a str or a Path"):
+        model.save(5)  # type: ignore[arg-type]

@@ -5,11 +5,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +313,44 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ImageError) as error:
             Image.open(path)
         check_sentence(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Image("cat.png"), "str is not a PIL image.*Image.of"),
+        (lambda: Image(RGB), "ndarray is not a PIL image.*Image.of"),
+        (lambda: Image.open(io.BytesIO(b"")), "BytesIO is not a path.*Image.of"),
+        (lambda: Image.open(b"cat.png"), "bytes is not a path"),
+        (lambda: Image.from_bytes("cat.png"), "str is not the bytes of a file"),
+        (lambda: Image.from_bytes(io.BytesIO(b"")), "BytesIO is not the bytes of a file"),
+        (lambda: Image.from_array(RGB.tolist()), "list is not a numpy array"),
+    ],
+)
+def test_what_is_no_image_is_named(make: Callable[[], Image], sentence: str) -> None:
+    with pytest.raises(ImageError, match=sentence) as error:
+        make()
+    check_sentence(error.value)
+
+
+def test_the_bytes_of_a_file_may_be_a_view() -> None:
+    data = saved(PIL.Image.fromarray(RGB), "PNG")
+    for view in (bytearray(data), memoryview(data)):
+        np.testing.assert_array_equal(pixels(Image.from_bytes(view)), RGB)  # type: ignore[arg-type]
+
+
+def test_errors_do_not_repeat_a_long_name() -> None:
+    """Such as base64 in place of a path."""
+    for name in ("iVBORw0KGgo" * 10_000, "ab/" * 10_000, "data:image/png;base64," + "A" * 10_000):
+        with pytest.raises(ImageError, match=re.escape(name[:40])) as error:
+            Image.open(name)
+        check_sentence(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_text_is_a_str() -> None:
+    with pytest.raises(PromptError, match="Text holds an object of type int: give a str"):
+        Text(5)  # type: ignore[arg-type]
 
 
 def check_sentence(error: Exception) -> None:

@@ -264,6 +264,10 @@ def test_errors(small: ImageTokenizer) -> None:
         ImageTokenizer(small.vqgan, 32, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="resolution=30 must be"):
         ImageTokenizer(small.vqgan, 30)
+    wrong: list[Any] = ["codes.npy", None, {}, object(), [["a"]], 2**70, np.zeros((1, 8, 8), "c8")]
+    for codes in wrong:
+        with pytest.raises(ImageError, match=r"give whole numbers \[n, h, w\]"):
+            small.decode(codes)
     for codes in (torch.zeros(8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)):
         with pytest.raises(ImageError, match="cannot be decoded"):
             small.decode(codes)
