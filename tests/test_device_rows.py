@@ -184,6 +184,35 @@ def test_prompts_may_have_a_share_of_their_own(
         assert np.mean(changed[where]) == pytest.approx(share, abs=0.05)
 
 
+def test_answers_may_begin_with_codes_of_other_images(processor: Processor) -> None:
+    clean = rows_of(processor, CodeNoiseConfig())
+    noisy = rows_of(processor, CodeNoiseConfig(swapped_answers=0.5))
+    vocabulary, lengths, sources = processor.vocabulary, [], set()
+    for _ in range(200):
+        a, b = clean.next(), noisy.next()
+        assert torch.equal(a.targets_BT, b.targets_BT) and torch.equal(a.weight_BT, b.weight_BT)
+        is_code = torch.from_numpy(np.isin(a.tokens_BT, vocabulary.image_tokens))
+        in_prompt = torch.zeros_like(is_code)
+        in_prompt[:, 1:] = a.weight_BT[:, :-1] == WEIGHTS.prompt_image
+        assert torch.equal(a.tokens_BT[~is_code | in_prompt], b.tokens_BT[~is_code | in_prompt])
+        answers = is_code & ~in_prompt
+        pairs = [vocabulary.tokens_to_codes(x.tokens_BT[answers]) for x in (a, b)]
+        for before, after in zip(*(codes.reshape(-1, CODES) for codes in pairs), strict=True):
+            # Image 1 is the only one in answers; all codes of the table differ by position.
+            same = before == after
+            lengths.append(CODES - int(same[::-1].cumprod().sum()))
+            first = after[: lengths[-1]]
+            found = [n for n in (0, 2) if (table()[n, 0, : len(first)].numpy() == first).all()]
+            assert len(first) == 0 or found
+            sources.update(found if len(first) > 1 else [])
+    assert sources == {0, 2}
+    # Two in three swaps take another image than that of the answer.
+    assert 0.27 < np.mean(np.array(lengths) > 0) < 0.4
+    swapped = [length for length in lengths if length]
+    assert min(swapped) < 5 and max(swapped) > CODES - 5
+    assert np.mean(swapped) == pytest.approx((CODES + 1) / 2, abs=5)
+
+
 def test_a_batch_follows_from_the_seed_and_the_cursor(processor: Processor) -> None:
     config = CodeNoiseConfig(replace=0.1, changed_answers=0.5)
     first, other = rows_of(processor, config), rows_of(processor, config, seed=1)
@@ -223,6 +252,8 @@ def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
         templates([(sequence, [0], False)], CODES, np.zeros(8, bool), WEIGHTS)
     with pytest.raises(SettingError, match="replace"):
         CodeNoiseConfig(replace=1.5)
+    with pytest.raises(SettingError, match="swapped_answers"):
+        CodeNoiseConfig(swapped_answers=2)
     with pytest.raises(SettingError, match="replace_prompts"):
         CodeNoiseConfig(replace_prompts=-0.1)
 

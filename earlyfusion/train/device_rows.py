@@ -138,9 +138,12 @@ class CodeNoiseConfig:
     """Share of the replaced codes that become one of the nearest codewords; the rest become any."""
     changed_answers: float = 0.0
     """Share of the images in answers that are augmented in the same colours, instead of exact."""
+    swapped_answers: float = 0.0
+    """Share of the images in answers whose input codes are those of another image up to a random
+    position; the targets stay. There the model has to follow the request, not the codes so far."""
 
     def __post_init__(self) -> None:
-        for name in ("replace", "replace_prompts", "near", "changed_answers"):
+        for name in ("replace", "replace_prompts", "near", "changed_answers", "swapped_answers"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
 
@@ -237,6 +240,7 @@ class DeviceRows:
             self._tokens(where_BT.clamp_min(0) + ahead, document_BT, uniform_BDS2)
             for ahead in (0, 1)
         )
+        inputs_BT = self._swap_answers(inputs_BT, where_BT.clamp_min(0), document_BT, generator)
         inputs_BT = self._replace_codes(inputs_BT, where_BT.clamp_min(0), generator)
         weight_BT = self._columns.weight_M[where_BT.clamp_min(0) + 1]
         image_BT = self._columns.image_M[where_BT.clamp_min(0) + 1]
@@ -266,6 +270,28 @@ class DeviceRows:
         offset_BT = t.offset_M[where_BT].clamp_min(0).long()
         code_BT = self._codes_PVC[number_BT.clamp_min(0).long(), variant_BT, offset_BT].long()
         return torch.where(number_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
+
+    def _swap_answers(
+        self, tokens_BT: Tensor, where_BT: Tensor, document_BT: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The tokens, with the first codes of some images in answers taken from other images."""
+        share = self._config.swapped_answers
+        if not share:
+            return tokens_BT
+        t, (images, _, codes) = self._columns, self._codes_PVC.shape
+        shape = (3, len(tokens_BT), self.length + 1, self._slots)
+        uniform_3BDS = torch.rand(shape, generator=generator, device=self._device)
+        row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
+        # All codes of one image share its three random numbers.
+        chosen_BT, other_BT, end_BT = uniform_3BDS[
+            :, row_BT, document_BT, t.slot_M[where_BT].long()
+        ]
+        offset_BT = t.offset_M[where_BT].long()
+        swapped_BT = (chosen_BT < share) & t.answer_M[where_BT] & (offset_BT >= 0)
+        swapped_BT &= offset_BT <= end_BT * codes
+        other_BT = (other_BT * images).long()
+        codes_BT = self._codes_PVC[other_BT, 0, offset_BT.clamp_min(0)].long()
+        return torch.where(swapped_BT, self._tokens_K[codes_BT], tokens_BT)
 
     def _replace_codes(
         self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator
