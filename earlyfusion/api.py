@@ -156,9 +156,8 @@ class Chameleon:
         self.processor = processor
         self.defaults = dict(defaults or {})
         self.name, self.folder = name, folder
-        self.adapters: dict[
-            str, Transformer
-        ] = {}  # transformers with an adapter merged, by its name
+        # Transformers with an adapter merged, by its name.
+        self.adapters: dict[str, Transformer] = {}
         self._engine: Engine | None = None
         self.cache_bytes: int | None = None  # for the next engine that is made
         self._cached_codes: OrderedDict[bytes, Codes] = OrderedDict()

@@ -391,7 +391,7 @@ class TestForward:
         with pytest.raises(ValueError, match="exactly one"):
             plain(attention_mask=inputs["attention_mask"])
 
-    @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5])])
+    @pytest.mark.parametrize("keep", [0, 1, 3, -2, torch.tensor([0, 5])])
     def test_logits_to_keep(self, plain: Any, keep: Any, device: torch.device) -> None:
         full = plain(**prompts(device)).logits
         kept = plain(**prompts(device), logits_to_keep=keep).logits

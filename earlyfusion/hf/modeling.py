@@ -828,10 +828,11 @@ def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
 
 
 def _kept_positions(values_BT: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The values of the last `logits_to_keep` positions, or at those indices; all for 0."""
+    """The values of the last `logits_to_keep` positions, or at those indices; all for 0. As in
+    transformers, a negative number leaves out so many at the beginning."""
     if isinstance(logits_to_keep, Tensor):
         return values_BT[:, logits_to_keep]
-    return values_BT[:, -logits_to_keep:] if logits_to_keep > 0 else values_BT
+    return values_BT[:, -logits_to_keep:]
 
 
 def _filling_forward(forward: Callable[..., Any], owner: Any = None) -> Callable[..., Any]:
