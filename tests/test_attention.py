@@ -257,7 +257,7 @@ def test_a_training_compiles_one_graph_of_a_block(
     model.init_weights()
     task = language.LanguageTask(model, Packer(document, RoleWeights(), rows=2, length=64, pad=1))
     parallel.checkpoint_activations(model, checkpointing)
-    parallel.compile_blocks(model, True, whole=True)
+    parallel.compile_blocks(model, True, fullgraph=True)
     for step in range(3):
         with torch.autocast("cpu", torch.bfloat16):
             loss, _, _ = task.loss(step)
