@@ -256,10 +256,8 @@ class DeviceRows:
     def _tokens(self, where_BT: Tensor, document_BT: Tensor, uniform_BDS2: Tensor) -> Tensor:
         """Tokens of template entries, each image in a random variant."""
         t = self._columns
-        number_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
-        # All codes of one image share its two random numbers.
-        row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
-        first_BT, second_BT = uniform_BDS2[row_BT, document_BT, slot_BT].unbind(-1)
+        number_BT = t.picture_M[where_BT]
+        first_BT, second_BT = self._by_image(uniform_BDS2, where_BT, document_BT).unbind(-1)
         variants_BT = torch.where(t.plain_M[where_BT], self._plain, self._codes_PVC.shape[1])
         any_BT = (first_BT * variants_BT).long()
         others = max(1, self._plain - 1)
@@ -271,6 +269,11 @@ class DeviceRows:
         code_BT = self._codes_PVC[number_BT.clamp_min(0).long(), variant_BT, offset_BT].long()
         return torch.where(number_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
 
+    def _by_image(self, values_BDSN: Tensor, where_BT: Tensor, document_BT: Tensor) -> Tensor:
+        """The N values of the image of each entry: all codes of one image share them."""
+        row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
+        return values_BDSN[row_BT, document_BT, self._columns.slot_M[where_BT].long()]
+
     def _swap_answers(
         self, tokens_BT: Tensor, where_BT: Tensor, document_BT: Tensor, generator: torch.Generator
     ) -> Tensor:
@@ -279,13 +282,10 @@ class DeviceRows:
         if not share:
             return tokens_BT
         t, (images, _, codes) = self._columns, self._codes_PVC.shape
-        shape = (3, len(tokens_BT), self.length + 1, self._slots)
-        uniform_3BDS = torch.rand(shape, generator=generator, device=self._device)
-        row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
-        # All codes of one image share its three random numbers.
-        chosen_BT, other_BT, end_BT = uniform_3BDS[
-            :, row_BT, document_BT, t.slot_M[where_BT].long()
-        ]
+        shape = (self.rows, self.length + 1, self._slots, 3)
+        uniform_BDS3 = torch.rand(shape, generator=generator, device=self._device)
+        uniform_BT3 = self._by_image(uniform_BDS3, where_BT, document_BT)
+        chosen_BT, other_BT, end_BT = uniform_BT3.unbind(-1)
         offset_BT = t.offset_M[where_BT].long()
         swapped_BT = (chosen_BT < share) & t.answer_M[where_BT] & (offset_BT >= 0)
         swapped_BT &= offset_BT <= end_BT * codes
