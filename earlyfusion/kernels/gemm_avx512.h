@@ -60,7 +60,8 @@ inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
   if (R <= 6 || (R <= 8 && words <= 1024)) return STREAMED;
   return R <= 48 ? TILED : PACKED;
 #else
-  return R < 44 ? BLOCKED : words <= 1024 ? STREAMED : PACKED;
+  if (R <= 12) return BLOCKED;
+  return R <= 48 ? TILED : words <= 1024 ? STREAMED : PACKED;
 #endif
 }
 
