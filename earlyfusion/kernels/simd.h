@@ -142,8 +142,10 @@ inline void keep_in_register(__m256& v) { asm("" : "+x"(v)); }
 inline void keep_in_register(__m256i& v) { asm("" : "+x"(v)); }
 #endif
 
+// Prefetches into the L2 cache: in L1, weights, keys and values that are read later would take the
+// place of what is in use.
 inline void prefetch(const void* at, int64_t distance) {
-  __builtin_prefetch(static_cast<const char*>(at) + distance);
+  __builtin_prefetch(static_cast<const char*>(at) + distance, 0, 2);
 }
 
 // The horizontal sums of N vectors, at most 16: element i of the result is the sum of vector i.
