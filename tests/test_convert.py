@@ -117,6 +117,15 @@ class TestRoundTrips:
         text = (golden / "tokenizer" / "text_tokenizer.json").read_bytes()
         assert (again / "tokenizer" / "text_tokenizer.json").read_bytes() == text
 
+    def test_meta_s_tokenizer_is_found_in_the_folder_around_it(
+        self, golden: Path, tmp_path: Path
+    ) -> None:
+        alone, around = tmp_path / "alone" / "model", tmp_path / "data"
+        shutil.copytree(golden / "models" / "tiny_1", alone)
+        shutil.copytree(golden / "tokenizer", around / "tokenizer")
+        convert(alone, tmp_path / "hf", "hf", tokenizer=around)
+        assert_same_model(load(tmp_path / "hf"), load(golden / "models" / "tiny_1"))
+
     def test_any_number_of_shards(self, golden: Path, tmp_path: Path) -> None:
         folder = golden / "models" / "tiny_1"
         for step, count in enumerate((2, 4, 1)):
@@ -449,7 +458,7 @@ class TestChecklists:
         self, tiny: Path, meta: Path, tmp_path: Path
     ) -> None:
         self.flip(meta / "tokenizer" / "vqgan.ckpt")
-        for path in (meta / "tokenizer", meta / "tokenizer" / "vqgan.ckpt"):
+        for path in (meta, meta / "tokenizer", meta / "tokenizer" / "vqgan.ckpt"):
             with pytest.raises(CheckpointError, match=r"vqgan\.ckpt is not what"):
                 convert(tiny, tmp_path / "out", "hf", image_tokenizer=path)
 
@@ -893,6 +902,15 @@ class TestLumina:
         assert tokens[:3] == ["<racm3:break>", "<reserved08804>", "<reserved08804>"]
         assert tokens[11::9] == ["<reserved08799>"] * 8
         assert tokens[-1] == "<eoss>"
+
+    def test_the_parts_are_found_in_the_folder_around_tokenizer(
+        self, folder: Path, tokenizer: Path, tmp_path: Path
+    ) -> None:
+        around = tmp_path / "data"
+        shutil.copytree(tokenizer, around / "tokenizer")
+        convert(folder, tmp_path / "a", "hf", tokenizer=around, image_tokenizer=around)
+        convert(folder, tmp_path / "b", "hf", tokenizer=tokenizer, image_tokenizer=tokenizer)
+        assert_same_model(load(tmp_path / "a"), load(tmp_path / "b"))
 
     def test_meta_s_format_cannot_hold_its_layout(
         self, folder: Path, tokenizer: Path, tmp_path: Path

@@ -69,6 +69,7 @@ def convert(
     _check_target(target)
     source = open_source(folder, tokenizer, verify)
     if image_tokenizer is not None:
+        image_tokenizer = _image_tokenizer_at(image_tokenizer)
         if verify:
             verify_checklist(_folder_of(image_tokenizer))
         source = with_image_tokenizer(source, image_tokenizer)
@@ -123,6 +124,13 @@ def with_image_tokenizer(source: Source, path: Path) -> Source:
             f"{expected.num_embeddings}: give the image tokenizer it was trained with"
         )
     return replace(source, config=replace(source.config, vq_config=config), vq=vq)
+
+
+def _image_tokenizer_at(path: Path) -> Path:
+    """`path`, or its tokenizer/ if that holds Meta's VQ-GAN and `path` is no model of its own."""
+    inside = path / "tokenizer"
+    is_inside = (inside / VQ_CONFIG).is_file() and not (path / "config.json").is_file()
+    return inside if is_inside else path
 
 
 def _open_image_tokenizer(path: Path) -> tuple[VQConfig, dict[str, Stored]]:

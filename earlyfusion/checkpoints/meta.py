@@ -161,8 +161,9 @@ _LAYER: dict[str, Rule] = {
 
 def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
     """Open a model folder as Meta and Anole publish it, whole or in shards. `tokenizer` is the
-    folder of tokenizer and VQ-GAN (None: the nearest)."""
-    tokenizer_folder = tokenizer or find_tokenizer(folder)
+    folder of tokenizer and VQ-GAN, or one whose tokenizer/ is (None: the nearest)."""
+    given = None if tokenizer is None else _tokenizer_in(tokenizer)
+    tokenizer_folder = given or tokenizer or find_tokenizer(folder)
     vq_config, vq = open_vqgan(tokenizer_folder)
     tokenizer_file = find_tokenizer_file(tokenizer_folder / META_TOKENIZER)
     ids = Vocabulary.from_file(tokenizer_file)
@@ -213,12 +214,18 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
 def find_tokenizer(folder: Path) -> Path:
     """The nearest folder with a text_tokenizer.json: this, or tokenizer/ here or in two parents."""
     above = (parent / "tokenizer" for parent in folder.absolute().parents[:2])
-    for candidate in (folder, folder / "tokenizer", *above):
-        if (candidate / META_TOKENIZER).is_file():
-            return candidate
-    raise CheckpointError(
-        f"no {META_TOKENIZER} beside {folder}: give the folder with Meta's tokenizer and VQ-GAN"
-    )
+    found = _tokenizer_in(folder, *above)
+    if found is None:
+        raise CheckpointError(
+            f"no {META_TOKENIZER} beside {folder}: give the folder with Meta's tokenizer and VQ-GAN"
+        )
+    return found
+
+
+def _tokenizer_in(folder: Path, *others: Path) -> Path | None:
+    """The first folder with a text_tokenizer.json: this, its tokenizer/, or one of the others."""
+    candidates = (folder, folder / "tokenizer", *others)
+    return next((path for path in candidates if (path / META_TOKENIZER).is_file()), None)
 
 
 def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:

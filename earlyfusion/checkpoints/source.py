@@ -29,6 +29,7 @@ TOKENIZER, META_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
 # The model card, and the notices that licences require copies to keep.
 CARD_FILES = ("README.md", "NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*")
 
+_TOKENIZERS = (TOKENIZER, META_TOKENIZER)
 _SHOWN_KEYS = 10
 _SHOWN_TENSORS = 3
 # After reading this many bytes a file is mapped anew, so that the system drops the pages.
@@ -189,9 +190,10 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
 
 
 def find_tokenizer_file(path: Path) -> Path:
-    """`path` if it is a file, else the tokenizer file in it, under transformers' or Meta's name."""
-    names = [path, path / TOKENIZER, path / META_TOKENIZER]
-    file = next((name for name in names if name.is_file()), None)
+    """`path` if it is a file, else the tokenizer file in it or in its tokenizer/, under
+    transformers' or Meta's name."""
+    inside = (path / part / name for part in ("", "tokenizer") for name in _TOKENIZERS)
+    file = next((name for name in (path, *inside) if name.is_file()), None)
     if file is None:
         raise CheckpointError(
             f"{path / TOKENIZER} is missing: copy it there from the model that this one was made "
