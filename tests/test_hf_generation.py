@@ -227,6 +227,53 @@ class TestModes:
         guided = waits(model, IMAGE_TOKENS, **how, guidance_text=3.0)
         assert guided == plain < 2 * IMAGE_TOKENS
 
+    @pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids"])
+    @pytest.mark.parametrize("where", ["call", "config"])
+    def test_an_image_that_may_not_begin(
+        self, model: Any, processor: Any, own: Processor, name: str, where: str
+    ) -> None:
+        inputs, begin = processor(text="Draw a pear.").to(model.device), own.vocabulary.begin_image
+        given: dict[str, Any] = {name: [[begin]] if name == "bad_words_ids" else [begin]}
+        if where == "config":
+            ends = {"pad_token_id": 1, "eos_token_id": 2}
+            given = {"generation_config": transformers.GenerationConfig(**given, **ends)}
+        with pytest.raises(SettingError, match=f"forbid token {begin}, which begins an image"):
+            model.generate(**inputs, **given, multimodal_generation_mode="image-only")
+        how = {"multimodal_generation_mode": "interleaved-text-image", "do_sample": False}
+        out = model.generate(**inputs, **given, **how, max_new_tokens=IMAGE_TOKENS + 8)
+        assert name == "begin_suppress_tokens" or begin not in new_tokens(out, inputs)
+
+    @pytest.mark.parametrize("mode", ["image-only", "interleaved-text-image"])
+    def test_an_image_without_a_possible_code(
+        self, model: Any, processor: Any, own: Processor, mode: str
+    ) -> None:
+        inputs, vocabulary = processor(text="Draw a pear.").to(model.device), own.vocabulary
+        codes = vocabulary.image_tokens.tolist()
+        how = {"multimodal_generation_mode": mode, "max_new_tokens": IMAGE_TOKENS + 8}
+        with pytest.raises(SettingError, match="forbid all tokens of an image"):
+            model.generate(**inputs, **how, suppress_tokens=codes)
+        out = model.generate(**inputs, **how, suppress_tokens=codes[:-1])
+        assert set(new_tokens(out, inputs)).isdisjoint(codes[:-1])
+
+    def test_what_the_grammar_forces_comes(
+        self, model: Any, processor: Any, own: Processor
+    ) -> None:
+        inputs, vocabulary = processor(text="Draw a pear.").to(model.device), own.vocabulary
+        how = {"multimodal_generation_mode": "image-only", "do_sample": False}
+        expected = model.generate(**inputs, **how)
+        ends = [vocabulary.end_image, vocabulary.eos]
+        for more in ({"suppress_tokens": ends}, {"bad_words_ids": [[end] for end in ends]}):
+            assert torch.equal(model.generate(**inputs, **how, **more), expected)
+            longer = model.generate(**inputs, **how, **more, max_new_tokens=IMAGE_TOKENS + 8)
+            assert new_tokens(longer, inputs) == [*new_tokens(expected, inputs), vocabulary.eos]
+
+    @pytest.mark.parametrize("mode", ["text-only", "image-only", "interleaved-text-image"])
+    def test_processors_that_leave_no_token(self, model: Any, processor: Any, mode: str) -> None:
+        inputs = processor(text="Draw a pear.").to(model.device)
+        how = {"multimodal_generation_mode": mode, "max_new_tokens": IMAGE_TOKENS}
+        with pytest.raises(SettingError, match=r"left no token that .* output may hold"):
+            model.generate(**inputs, **how, prefix_allowed_tokens_fn=lambda row, ids: [1])
+
     def test_default_generates_no_image_tokens(
         self, model: Any, own: Processor, processor: Any
     ) -> None:

@@ -113,6 +113,7 @@ class MultimodalGeneration:
         limits = self._limits_of(
             mode, max_tokens, fewest, guidance_text, guidance_image, max_images
         )
+        self._check_allowed(limits, kwargs, configs)
         more["logits_processor"] = self._processors(
             limits, ids_BT, kwargs, configs, logits_processor
         )
@@ -126,7 +127,10 @@ class MultimodalGeneration:
         for processor in grammar_processors:
             processor.begin(rows_stay=True)
         try:
-            return parent._sample(input_ids, logits_processor, *args, **kwargs)
+            sampled = parent._sample(input_ids, logits_processor, *args, **kwargs)
+            for processor in grammar_processors:
+                processor.check()
+            return sampled
         finally:
             for processor in grammar_processors:
                 processor.begin(rows_stay=False)
@@ -201,6 +205,32 @@ class MultimodalGeneration:
                 "min_new_tokens and min_length out"
             )
         return _Limits(output, images, max_tokens, text, image)
+
+    def _check_allowed(
+        self, limits: _Limits, kwargs: Mapping[str, Any], configs: Sequence[Any]
+    ) -> None:
+        """Raise `SettingError` if an image could not begin or go on."""
+        always = {
+            *_setting("suppress_tokens", kwargs, configs, ()),
+            *(w[0] for w in _setting("bad_words_ids", kwargs, configs, ()) if len(w) == 1),
+        }
+        first = always.union(_setting("begin_suppress_tokens", kwargs, configs, ()))
+        vocabulary = self.vocabulary
+        if limits.output == "image" and vocabulary.begin_image in first:
+            raise SettingError(
+                f"suppress_tokens and bad_words_ids forbid token {vocabulary.begin_image}, which "
+                "begins an image: leave it out, or set multimodal_generation_mode='text-only'"
+            )
+        begins = limits.images > 0 and vocabulary.begin_image not in always
+        if (
+            begins
+            and limits.output != "text"
+            and always.issuperset(vocabulary.image_tokens.tolist())
+        ):
+            raise SettingError(
+                "suppress_tokens and bad_words_ids forbid all tokens of an image: leave some out, "
+                "or set multimodal_generation_mode='text-only'"
+            )
 
     def _new_tokens(
         self,
@@ -296,6 +326,12 @@ def _fewest_new(settings: Mapping[str, Any], configs: Sequence[Any], prompt_toke
     return int(max(new, length - prompt_tokens))
 
 
+def _setting(name: str, kwargs: Mapping[str, Any], configs: Sequence[Any], default: Any) -> Any:
+    """A setting of transformers: of the call, or else of the first config that has it."""
+    values = (kwargs.get(name), *(getattr(config, name) for config in configs))
+    return next((value for value in values if value is not None), default)
+
+
 def _is_assisted(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> bool:
     lookups = (
         kwargs.get("prompt_lookup_num_tokens"),
@@ -313,10 +349,11 @@ def _check_unguided(text: float, image: float) -> None:
 
 
 class GrammarLogits(LogitsProcessor):
-    """Forbids the tokens that the grammar does not allow after those generated so far. Keeps the
-    rows' states of the last call. Beams may reorder and repeat rows, and other searches go back, so
-    each row looks for the one that it continues, for which the host waits. Between `begin` with
-    `rows_stay` and the next `begin`, rows never move."""
+    """Forbids the tokens that the grammar does not allow after those generated so far. A token that
+    the grammar forces comes even if other processors forbid it. Keeps the rows' states of the last
+    call. Beams may reorder and repeat rows, and other searches go back, so each row looks for the
+    one that it continues, for which the host waits. Between `begin` with `rows_stay` and the next
+    `begin`, rows never move."""
 
     def __init__(
         self,
@@ -332,6 +369,7 @@ class GrammarLogits(LogitsProcessor):
     def begin(self, rows_stay: bool) -> None:
         """Forget the rows of the last call."""
         self._rows_stay = rows_stay
+        self._stuck: Tensor | None = None  # whether a row had no possible token
         self._new_BT: Tensor | None = None
         self._state_BF: Tensor | None = None
 
@@ -344,7 +382,24 @@ class GrammarLogits(LogitsProcessor):
                 (in_image_B, starts_B)
             ).tolist()  # one wait for the device
             scores = self._guidance(input_ids, scores, in_image, starts)
-        return scores.masked_fill(~self._grammar.mask(state_BF), -torch.inf)
+        return self._masked(scores, state_BF)
+
+    def check(self) -> None:
+        """Raise `SettingError` if other processors left a row without a possible token."""
+        if self._stuck is not None and bool(self._stuck):  # one wait for all tokens
+            raise SettingError(
+                "suppress_tokens, bad_words_ids, prefix_allowed_tokens_fn or a logits_processor "
+                f"left no token that {self._limits.output} output may hold: allow at least one"
+            )
+
+    def _masked(self, scores_BV: Tensor, state_BF: Tensor) -> Tensor:
+        allowed_BV = self._grammar.mask(state_BF)
+        scores_BV = scores_BV.masked_fill(~allowed_BV, -torch.inf)
+        none_left_B = scores_BV.isneginf().all(-1)
+        forced_B = (allowed_BV.sum(-1) == 1) | self._grammar.done(state_BF)
+        stuck = (none_left_B & ~forced_B).any()
+        self._stuck = stuck if self._stuck is None else self._stuck | stuck
+        return scores_BV.masked_fill((none_left_B & forced_B)[:, None] & allowed_BV, 0.0)
 
     def _state(self, new_BT: Tensor) -> Tensor:
         before_BF = self._states_before(new_BT)
