@@ -12,6 +12,7 @@ import torch
 import transformers
 from tolerances import assert_below, assert_close, assert_same
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from earlyfusion.errors import CheckpointError, ImageError, SettingError
 from earlyfusion.hf import (
@@ -308,6 +309,26 @@ class TestAsStockSees:
         model = copy.deepcopy(plain)
         model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
         assert torch.equal(model.generate(**prompts(device), **how), expected)
+        torch._dynamo.reset()
+
+    @torch.no_grad()
+    @pytest.mark.filterwarnings("ignore")  # torch's own, about what it compiles
+    @pytest.mark.parametrize("with_labels", [False, True])
+    def test_images_are_checked_in_one_graph(
+        self, plain: Any, device: torch.device, with_labels: bool
+    ) -> None:
+        inputs = prompts(device)
+        if with_labels:
+            inputs["labels"] = inputs["input_ids"]
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(copy.deepcopy(plain).forward, backend=counter)
+        assert_close(compiled(**inputs).logits, plain(**inputs).logits, atol=1e-5, rtol=1e-5)
+        assert counter.frame_count == 1
+        inputs["input_ids"] = inputs["input_ids"].clone()
+        inputs["input_ids"][0, -1] = PLACEHOLDER
+        with pytest.raises(ImageError, match="do not match, tokens: 193, features: 192"):
+            compiled(**inputs)
         torch._dynamo.reset()
 
 

@@ -542,7 +542,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
             mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask_BT = input_ids == self._placeholder()
-        _check_count(mask_BT, math.prod(image_features.shape[:-1]))
+        mask_BT = _checked(mask_BT, math.prod(image_features.shape[:-1]))
         return mask_BT.unsqueeze(-1).to(inputs_embeds.device)
 
     @merge_with_config_defaults
@@ -595,8 +595,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         return self.vocabulary_mapping.convert_img2bpe(encoded.image_tokens)
 
     def fill_placeholders(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        mask_BT = input_ids == self._placeholder()
-        _check_count(mask_BT, tokens.numel())
+        mask_BT = _checked(input_ids == self._placeholder(), tokens.numel())
         return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
 
     def _choose_quantised_layout(self, device: torch.device) -> None:
@@ -861,13 +860,36 @@ def _check_not_packed(config: ChameleonConfig) -> None:
         )
 
 
-def _check_count(mask_BT: Tensor, features: int) -> None:
-    if torch.compiler.is_compiling():
-        # While tracing the count is unknown: the graph checks it at run time.
+def _checked(mask_BT: Tensor, features: int) -> Tensor:
+    """The mask of placeholders; `ImageError` unless there are as many as features."""
+    if torch.compiler.is_exporting():
+        # An exported graph cannot call Python: it checks the count by itself.
         torch._check_tensor_all(mask_BT.sum() == features)
-        return
+        return mask_BT
+    if torch.compiler.is_compiling():
+        return _checked_in_graph(mask_BT, features)
+    _check_count(mask_BT, features)
+    return mask_BT
+
+
+def _check_count(mask_BT: Tensor, features: int) -> None:
     tokens = int(mask_BT.sum())
     if tokens != features:
         raise ImageError(
             f"Image features and image tokens do not match, tokens: {tokens}, features: {features}"
         )
+
+
+# An operator of its own, as reading a number would break a compiled graph in two. It returns the
+# mask, since torch leaves out operators without a result; a CUDA graph cannot hold it.
+@torch.library.custom_op(
+    "earlyfusion::checked_placeholders", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _checked_in_graph(mask_BT: Tensor, features: int) -> Tensor:
+    _check_count(mask_BT, features)
+    return mask_BT.clone()
+
+
+@_checked_in_graph.register_fake
+def _(mask_BT: Tensor, features: int) -> Tensor:
+    return torch.empty_like(mask_BT)
