@@ -170,6 +170,16 @@ def test_other_searches(pair: Pair, how: dict[str, Any], device: torch.device) -
     assert torch.equal(*pair.generated(inputs, **how))
 
 
+def test_scores_with_transformers_guidance(pair: Pair, device: torch.device) -> None:
+    how = {"guidance_scale": 1.5, "do_sample": False, "max_new_tokens": 5}
+    more = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    inputs = prompts(device) | {"negative_prompt_ids": prompts(device)["input_ids"][:, :2]}
+    expected, actual = (model.generate(**inputs, **how, **more) for model in (pair.stock, pair.own))
+    assert torch.equal(expected.sequences, actual.sequences)
+    for name in ("logits", "scores"):
+        assert_close(torch.stack(actual[name]), torch.stack(expected[name]), atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")  # transformers' own, about the move
 @pytest.mark.parametrize(
     ("how", "name"),

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from earlyfusion.checkpoints import lumina
 from earlyfusion.errors import ContextError, PromptError, SettingError
@@ -134,6 +139,20 @@ class MultimodalGeneration:
         finally:
             for processor in grammar_processors:
                 processor.begin(rows_stay=False)
+
+    def _get_logits_processor(
+        self, *args: Any, model_kwargs: Any = None, logits_processor: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; the other branch of its own guidance has the same logits."""
+        more = kwargs | {"model_kwargs": model_kwargs, "logits_processor": logits_processor}
+        parent: Any = super()
+        processors = parent._get_logits_processor(*args, **more)
+        image_logits = (model_kwargs or {}).get("image_logits")
+        for processor in processors:
+            is_own = not any(processor is given for given in logits_processor or ())
+            if is_own and isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = partial(processor.model, image_logits=image_logits)
+        return processors
 
     def _get_candidate_generator(
         self, *args: Any, model_kwargs: Any, assistant_model: Any = None, **kwargs: Any
