@@ -109,6 +109,7 @@ class TestRoundTrip:
 
     def test_nothing_but_the_model_is_left(self, saved: Path) -> None:
         assert {path.name for path in saved.iterdir()} == {
+            "chat_template.jinja",
             "config.json",
             "generation_config.json",
             "model.safetensors",

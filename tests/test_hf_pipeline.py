@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import transformers
 from tiny import CONFIG, tiny_processor, tiny_transformer
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from earlyfusion.api import Chameleon
+from earlyfusion.checkpoints.convert import convert
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonPipeline, ChameleonProcessor
 from earlyfusion.hf.pipeline import TASK, route_pipeline
@@ -71,6 +74,18 @@ def test_an_image(pipe: Any, more: dict[str, Any]) -> None:
         assert generated["input_text"] == text
 
 
+def test_a_saved_folder_s_tokenizer_knows_the_turns(pipe: Any) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pipe.model.config.name_or_path)
+    said = [*TURN, {"role": "assistant", "content": "a pear"}, *TURN]
+    written = pipe.processor.apply_chat_template(said)
+    assert tokenizer.apply_chat_template(said, tokenize=False) == written
+    ids = tokenizer.apply_chat_template(said)["input_ids"]
+    assert ids == pipe.processor(text=written)["input_ids"][0].tolist()
+    chat = transformers.pipeline("text-generation", model=pipe.model, tokenizer=tokenizer)
+    [answer] = chat(said, max_new_tokens=4)
+    assert [turn["role"] for turn in answer["generated_text"]] == ["user", "assistant"] * 2
+
+
 @pytest.fixture
 def routed() -> Iterator[None]:
     before = PIPELINE_REGISTRY.supported_tasks[TASK]["impl"]
@@ -83,6 +98,20 @@ def routed() -> Iterator[None]:
 def test_after_register_the_task_finds_it(pipe: Any) -> None:
     new_pipe = transformers.pipeline(TASK, model=pipe.model, processor=pipe.processor)
     assert type(new_pipe) is ChameleonPipeline
+
+
+def test_a_template_of_its_own_is_kept(pipe: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(pipe.model.config.name_or_path, copy)
+    assert (copy / "chat_template.jinja").read_text() == pipe.processor.chat_template
+    (copy / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    convert(copy, tmp_path / "hf", "hf")
+    convert(copy, tmp_path / "meta", "meta")
+    Chameleon.load(tmp_path / "meta").save(tmp_path / "saved")
+    for name in ("hf", "saved"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        turns = [{"role": "user", "content": "Hi"}]
+        assert tokenizer.apply_chat_template(turns, tokenize=False) == "Hi"
 
 
 @pytest.mark.usefixtures("routed")

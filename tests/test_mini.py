@@ -15,6 +15,7 @@ import pytest
 from test_readme import PACKAGE, READMES, ROOT, blocks
 
 from earlyfusion import Chameleon, Image, SamplingParams, Text
+from earlyfusion.checkpoints.hf import CHAT_TEMPLATE
 from earlyfusion.cli import main
 
 MINI = PACKAGE / "pretrained" / "mini"
@@ -51,6 +52,7 @@ def test_files_of_the_model() -> None:
     names = {path.name for path in MINI.iterdir()}
     assert names >= {
         "README.md",
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -59,6 +61,7 @@ def test_files_of_the_model() -> None:
         "tokenizer_config.json",
         "examples",
     }
+    assert (MINI / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert sum(path.stat().st_size for path in MINI.rglob("*")) <= 40_000_000
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from earlyfusion.checkpoints import anole, lumina
 from earlyfusion.checkpoints.source import (
+    CHAT_TEMPLATE_FILE,
     EMBEDDING,
     HEAD,
     TOKENIZER,
@@ -69,6 +70,27 @@ _DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+
+_IMAGE_MARK = IMAGE_PLACEHOLDERS[1]
+# Turns as in training: their parts joined, then end of turn; a last answer ends with eos.
+# `generation` blocks hold the parts that are learned.
+CHAT_TEMPLATE = (
+    "{% macro said(message) %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] in ['image', 'image_url'] %}" + _IMAGE_MARK + "{% else %}"
+    "{{ raise_exception('a part of type ' ~ part['type'] ~ ' is unknown: write text or image') }}"
+    "{% endif %}{% endfor %}{% endif %}{% endmacro %}" + BOS + "{% for message in messages %}"
+    "{% if message['role'] not in ['user', 'assistant', 'system'] %}"
+    "{{ raise_exception('role ' ~ message['role'] ~ ' is unknown: "
+    "a message is by user, assistant or system') }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ said(message) }}{% if loop.last %}" + EOS + "{% endif %}{% endgeneration %}"
+    "{% else %}{{ said(message) }}{% endif %}"
+    "{% if not loop.last or message['role'] == 'user' %}" + END_OF_TURN + "{% endif %}"
+    "{% endfor %}"
+)
 
 
 def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
@@ -368,7 +390,7 @@ def _config_files(
     resize_mode: Mode,
     bits: int | None = None,
 ) -> dict[str, str]:
-    """The texts of the JSON files, by name."""
+    """The texts of the JSON files and of the chat template, by name."""
     placeholder = next((n for n in IMAGE_PLACEHOLDERS if n in vocabulary.names), None)
     # transformers embeds images by these names and cannot build a model without them.
     images = {n: i for n, i in vocabulary.names.items() if n.startswith(IMAGE_PREFIX)}
@@ -385,7 +407,8 @@ def _config_files(
         "tokenizer_config.json": _tokenizer_config(config, placeholder),
         PROCESSOR: _processor_config(config.vq_config, placeholder, resize_mode),
     }
-    return {name: json.dumps(data, indent=2) + "\n" for name, data in files.items()}
+    texts = {name: json.dumps(data, indent=2) + "\n" for name, data in files.items()}
+    return texts | {CHAT_TEMPLATE_FILE: CHAT_TEMPLATE}
 
 
 def _tokenizer_config(config: ModelConfig, placeholder: str | None) -> dict[str, Any]:

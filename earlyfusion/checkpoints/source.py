@@ -26,8 +26,16 @@ OnBytes = Callable[[int], None]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER, META_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
-# The model card, and the notices that licences require copies to keep.
-CARD_FILES = ("README.md", "NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # read by transformers' tokenizers and processors
+# What copies keep: the model card, the notices that licences require, and a chat template.
+CARD_FILES = (
+    "README.md",
+    "NOTICE*",
+    "LICEN[CS]E*",
+    "COPYING*",
+    "USE_POLICY*",
+    CHAT_TEMPLATE_FILE,
+)
 
 _TOKENIZERS = (TOKENIZER, META_TOKENIZER)
 _SHOWN_KEYS = 10
@@ -203,7 +211,7 @@ def find_tokenizer_file(path: Path) -> Path:
 
 
 def card_files(folder: Path) -> list[Path]:
-    """A folder's model card, and the notices that licences require copies to keep."""
+    """A folder's model card, the notices that copies must keep, and its chat template."""
     paths = (path for pattern in CARD_FILES for path in sorted(folder.glob(pattern)))
     return [path for path in paths if path.is_file()]
 

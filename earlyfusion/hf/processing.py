@@ -29,15 +29,14 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
 from earlyfusion.checkpoints import lumina
+from earlyfusion.checkpoints.hf import CHAT_TEMPLATE
 from earlyfusion.content import Image, Segment, Text
 from earlyfusion.errors import ImageError, PromptError, SettingError
 from earlyfusion.hf.image_processing import IMAGE_PROCESSORS, ChameleonImageProcessorKwargs
 from earlyfusion.vocabulary import (
     BEGIN_IMAGE,
-    BOS,
     END_IMAGE,
     END_OF_TURN,
-    EOS,
     IMAGE_PLACEHOLDERS,
     ImageLayout,
     Vocabulary,
@@ -54,26 +53,6 @@ _FLAGS = (
 _OFFSETS = "text_replacement_offsets"
 # transformers' `sanitize_control_tokens` puts this sign before control tokens in users' text.
 _UNMARKED = "(?<!\U000f0000)"
-
-# Turns as in training: their parts joined, then end of turn; a last answer ends with eos.
-# `generation` blocks hold the parts that are learned.
-CHAT_TEMPLATE = (
-    "{% macro said(message) %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% elif part['type'] in ['image', 'image_url'] %}" + _MARK + "{% else %}"
-    "{{ raise_exception('a part of type ' ~ part['type'] ~ ' is unknown: write text or image') }}"
-    "{% endif %}{% endfor %}{% endif %}{% endmacro %}" + BOS + "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant', 'system'] %}"
-    "{{ raise_exception('role ' ~ message['role'] ~ ' is unknown: "
-    "a message is by user, assistant or system') }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ said(message) }}{% if loop.last %}" + EOS + "{% endif %}{% endgeneration %}"
-    "{% else %}{{ said(message) }}{% endif %}"
-    "{% if not loop.last or message['role'] == 'user' %}" + END_OF_TURN + "{% endif %}"
-    "{% endfor %}"
-)
 
 
 class _SectionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
