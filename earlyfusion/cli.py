@@ -32,7 +32,7 @@ from earlyfusion.devices import (
     resolve_device,
     torch_dtype,
 )
-from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
+from earlyfusion.errors import EarlyFusionError, PromptError, SettingError, shortened
 from earlyfusion.files import expanded, is_full_disk, signals_wait
 from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.options import FieldsOf, bytes_option, whole_option, with_options
@@ -1071,7 +1071,7 @@ def _seeded(sampling: dict[str, Any]) -> SamplingParams:
 
 
 def _mistake(sentence: str) -> int:
-    print(f"Error: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"Error: {shortened(' '.join(sentence.split()))}", file=sys.stderr)
     return 2
 
 

@@ -4,11 +4,31 @@ into a 4xx reply."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+_LONGEST, _HEAD, _TAIL = 4000, 2500, 1000
+_VALUE_HEAD, _VALUE_TAIL = 120, 40
+# A value in quotes, which do not begin or end within a word, or else a word.
+_LONG_VALUE = re.compile(r"""(?<![^\s=(:,])(['"])(?:(?!\1).){300,}\1(?!\w)|\S{301,}""", re.DOTALL)
 
 
 class EarlyFusionError(ValueError):
-    """A caller's mistake; `str(error)` is one sentence for a person."""
+    """A caller's mistake; `str(error)` is one sentence for a person, of bounded length."""
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        super().__init__(shortened(str(message)), *more)
+
+
+def shortened(sentence: str) -> str:
+    """A sentence of at most 4,000 characters, in words and quoted values of at most 300: a value
+    that it repeats may be of any length. Its beginning and its end stay."""
+    sentence = _LONG_VALUE.sub(lambda found: _cut(found[0], _VALUE_HEAD, _VALUE_TAIL), sentence)
+    return sentence if len(sentence) <= _LONGEST else _cut(sentence, _HEAD, _TAIL)
+
+
+def _cut(text: str, head: int, tail: int) -> str:
+    return f"{text[:head]}…{text[-tail:]}"
 
 
 class PromptError(EarlyFusionError):

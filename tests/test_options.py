@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from earlyfusion import cli, options
 from earlyfusion.data.encoding import EncodingSettings
 from earlyfusion.data.rows import RowSettings
 from earlyfusion.data.tokenize import Job
+from earlyfusion.errors import SettingError, shortened
 from earlyfusion.fields import fields_in_source
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.options import FieldsOf, with_options
@@ -89,3 +91,44 @@ def test_a_command_gets_only_what_is_set(tmp_path: Path) -> None:
     for wrong in (("--share", "half"), ("--mode", "c"), ("--secret", "1.5")):
         with pytest.raises(typer.TyperException, match=wrong[1]):
             run(*wrong)
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, "x y " * 25_000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "Hello", "--output"],
+        ["generate", "Hello", "--seed"],
+        ["generate", "Hello", "--model"],
+        ["generate", "Hello", "--image"],
+        ["train"],
+        ["train", "mini_transformer"],
+        ["train", "mini_transformer", "steps="],
+        ["convert", "mini", "--to", "hf"],
+        ["decode", "--out", "images"],
+        ["serve", "--port"],
+        ["serve", "--host"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_no_error_repeats_a_long_value(
+    command: list[str], value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command, value]
+    if command and command[-1].endswith("="):
+        arguments = [*command[:-1], command[-1] + value]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and len(error) < 4200 and "…" in error
+
+
+def test_a_shortened_sentence_keeps_its_remedy() -> None:
+    short = f"field 'abc' is unknown: this recipe has {', '.join(['name'] * 200)}, or 'x'"
+    assert shortened(short) == short
+    for value in ("x" * 999, "x y " * 300):
+        error = SettingError(f"seed={value!r} is not possible: use a number, as seed='7'")
+        assert str(error).startswith("seed='x") and len(str(error)) < 250
+        assert str(error).endswith("' is not possible: use a number, as seed='7'")
+        assert str(pickle.loads(pickle.dumps(error))) == shortened(str(error)) == str(error)
+    assert len(str(SettingError("a b " * 9999))) < 4000

@@ -152,7 +152,11 @@ def _are_equal(one: Stored, other: Stored) -> bool:
 
 
 def _check_target(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    try:
+        is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    if not is_free:
         raise CheckpointError(f"{target} is there already: choose another folder or remove it")
 
 
@@ -184,10 +188,14 @@ def _write(
             for path in card_files(source.folder):
                 shutil.copyfile(path, unfinished / path.name)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else "the disk refuses"
-        raise CheckpointError(
-            f"{target} cannot be written ({reason}): free the disk or choose another folder"
-        ) from None
+        raise _unwritable(target, error) from None
+
+
+def _unwritable(target: Path, error: OSError) -> CheckpointError:
+    reason = os.strerror(error.errno) if error.errno else "the disk refuses"
+    return CheckpointError(
+        f"{target} cannot be written ({reason}): free the disk or choose another folder"
+    )
 
 
 def _check_room(target: Path, total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,13 @@ def locate(name: str | Path) -> Path:
     if str(name) in EMBEDDED:
         return _PRETRAINED / str(name)
     folder = expanded(name)
+    try:
+        is_here = folder.is_dir()
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        reason = os.strerror(error.errno) if error.errno else "the disk reports an error"
+        raise CheckpointError(f"{name} cannot be read ({reason}): {_ACCEPTED}") from None
     # org/name may also be a folder here, which takes precedence.
-    if folder.is_dir() or not is_hub_id(str(name)):
+    if is_here or not is_hub_id(str(name)):
         return folder
     return download_model(str(name))
 
