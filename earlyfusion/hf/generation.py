@@ -196,10 +196,8 @@ class MultimodalGeneration:
             raise PromptError("give the images once: as pixel_values or as mm_encoder_outputs")
         if pixels is not None:
             return self.model.fill_image_tokens(ids_BT, pixels)
-        if encoded and encoded.get("image") is not None:
-            tokens = self.model.to_token_ids(encoded["image"])
-            return self.model.fill_placeholders(ids_BT, tokens)
-        return ids_BT
+        filled: Tensor = self.model.fill_encoded(ids_BT, encoded)
+        return filled
 
     def _limits_of(
         self,

@@ -590,6 +590,13 @@ class ChameleonModel(ChameleonPreTrainedModel):
             last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values
         )
 
+    def fill_encoded(self, input_ids: Tensor, encoded: Mapping[str, Any] | None) -> Tensor:
+        """`input_ids` with the tokens of already encoded images for the placeholders, if any."""
+        image = _encoded_image(encoded)
+        if image is None:
+            return input_ids
+        return self.fill_placeholders(input_ids, self.to_token_ids(image))
+
     def to_token_ids(self, encoded: Any) -> Tensor:
         """Token ids of the VQ-GAN's output, flat [B * y * x]."""
         return self.vocabulary_mapping.convert_img2bpe(encoded.image_tokens)
@@ -614,9 +621,10 @@ class ChameleonModel(ChameleonPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs")
         if pixel_values is not None:
             encoded = {"image": self.get_image_features(pixel_values, return_dict=True)}
-        if not encoded or encoded.get("image") is None:
+        image = _encoded_image(encoded)
+        if image is None:
             return x_BTD
-        features = encoded["image"].pooler_output.to(x_BTD.device, x_BTD.dtype)
+        features = image.pooler_output.to(x_BTD.device, x_BTD.dtype)
         return x_BTD.masked_scatter(self.get_placeholder_mask(input_ids, x_BTD, features), features)
 
     def _placeholder(self) -> int:
@@ -787,11 +795,9 @@ class ChameleonForConditionalGeneration(
         encoded: dict[str, Any] | None,
         logits_to_keep: int | Tensor,
     ) -> Tensor:
-        if input_ids is None or not encoded or encoded.get("image") is None:
+        if input_ids is None or _encoded_image(encoded) is None:
             return labels
-        filled_ids = self.model.fill_placeholders(
-            input_ids, self.model.to_token_ids(encoded["image"])
-        )
+        filled_ids = self.model.fill_encoded(input_ids, encoded)
         kept, filled = (_kept_positions(ids, logits_to_keep) for ids in (input_ids, filled_ids))
         return _relabel_placeholders(labels, kept, filled)
 
@@ -819,6 +825,11 @@ class ChameleonForConditionalGeneration(
             logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )
         return loss
+
+
+def _encoded_image(encoded: Mapping[str, Any] | None) -> Any:
+    """The VQ-GAN's output among `mm_encoder_outputs`, or None."""
+    return encoded.get("image") if encoded else None
 
 
 def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
