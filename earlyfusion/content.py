@@ -469,6 +469,8 @@ def _reader(data: bytes, name: str) -> type[ImageFile]:
     if brands & _HEIC_BRANDS and not brands & _AVIF_BRANDS:
         return _heic_reader(name)
     reader = next((cls for magic, cls in _READERS.items() if data.startswith(magic)), None)
+    if not data:
+        raise ImageError(f"{name} is an empty file: save or download it again as {_FORMATS}")
     if reader is None:
         raise ImageError(f"{name} is not an image in a known format: save it as {_FORMATS}")
     return reader

@@ -309,6 +309,7 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(ImageError) as error:
                 Image.of(source)
             check_sentence(error.value)
+            assert ("is an empty file" in str(error.value)) is (content_bytes == b"")
     for path in (tmp_path, tmp_path / "missing.png", "a\0b.png", "x" * 5000):
         with pytest.raises(ImageError) as error:
             Image.open(path)
