@@ -1,7 +1,10 @@
-"""What a training run takes on a number of GPUs: memory, speed and days, from the run's config.
-Computed from shapes alone. The assumptions are in `ASSUMED`, which is printed with the table."""
+"""What a training run takes on a number of GPUs: memory, speed and days. All of it is computed from
+the config of the run; the assumptions are in `ASSUMED`, which is printed with the table.
 
-# Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T row length.
+"Products" are the matrix products with the weights. Operations are floating-point operations.
+"""
+
+# Widths: D model, K key and value heads, H head, F feed-forward, L layers, T row length.
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from earlyfusion.errors import SettingError
 GPUS = (64, 128, 256, 512, 1024, 2048, 3072)
 FEW_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 TRAINABLE = {"all": (6, 12), "adapters": (4, 12), "image_head": (2, 4)}
-"""Operations per token for each weight of the blocks, and as multiples of L D T for attention.
-
-By what is trained. The head always takes 6 per weight: `loss.head_loss` computes both of its
-gradients.
-"""
+"""What can be trained, with the operations per token that it takes: for each weight of a product in
+the blocks, and for attention in multiples of L D T. The head always takes 6 operations per weight,
+because `loss.head_loss` computes both of its gradients."""
 MFU = 0.5
+"""The share of the peak that is assumed (model FLOPs utilisation)."""
 PEAK_TFLOPS = 989.0
+"""Peak of an H100 or H200 in bf16, in TFLOP/s."""
 GIB = 2**30
 _LOGITS_AT_ONCE = 2**26
-"""Of the loss on a GPU: 256 MB in fp32, and products that are large enough for its full speed."""
+"""Logits that the loss holds at once on a GPU: 256 MB in fp32, and enough for its full speed."""
 
 ASSUMED = (
     "what is trained: weights, gradients and both moments of AdamW in fp32, split over shard x "
@@ -36,7 +39,8 @@ ASSUMED = (
 
 
 class Layout(Protocol):
-    """How processes share the model: `parallel.ParallelConfig`."""
+    """How processes share the model. `parallel.ParallelConfig` is one; this file does not import
+    it, because that would import torch."""
 
     @property
     def tensor(self) -> int: ...
@@ -47,18 +51,23 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained; `rows` are those of a whole step, `tokens` those of the whole run."""
+    """What is trained, and how."""
 
     model: ModelConfig
     layout: Layout
     rows: int
+    """Rows of a step, over all processes."""
     length: int
+    """Tokens of a row."""
     micro_rows: int
+    """Rows that one process computes at a time; 0 counts as 1."""
     tokens: float
+    """Tokens of the whole run."""
     dropout: float = 0.0
     peak_tflops: float = PEAK_TFLOPS
+    """Peak of one GPU."""
     trainable: str = "all"
-    """Which weights: a key of `TRAINABLE`."""
+    """Which weights are trained: a key of `TRAINABLE`."""
     lora: int = 0
     """Rank of the adapters."""
     gpus: tuple[int, ...] = GPUS
@@ -71,7 +80,7 @@ class TooFewRows(SettingError):
 
 @dataclass(frozen=True)
 class Line:
-    """The plan for one number of GPUs; memory in bytes per GPU, `days` for all tokens."""
+    """The plan for one number of GPUs; memory is in bytes per GPU."""
 
     gpus: int
     replicas: int
@@ -79,11 +88,16 @@ class Line:
     tensor: int
     micro_batches: int
     states: float
+    """Weights, gradients and moments."""
     gathered: float
+    """Weights and gradients that FSDP has gathered at one time, or on one GPU bf16 copies."""
     activations: dict[str, float]
+    """What the blocks keep for the backward pass, by `checkpointing`: none, selective or full."""
     loss: float
     tokens_per_second: float
+    """Of all GPUs together."""
     days: float
+    """For all tokens of the run."""
 
     def total(self, checkpointing: str) -> float:
         return self.states + self.gathered + self.activations[checkpointing] + self.loss
@@ -95,12 +109,13 @@ def head_block(rows: int) -> int:
 
 
 def products_of_block(config: ModelConfig) -> int:
-    """Weights of the matrices, which multiply every token."""
+    """Weights of the seven matrices of a block."""
     D, F, H, K = _widths(config)
     return 2 * D * D + 2 * D * K * H + 3 * D * F
 
 
 def parameters_of_block(config: ModelConfig) -> int:
+    """All weights of a block: matrices, norms and biases."""
     D, F, H, K = _widths(config)
     norms = 2 * D + 2 * (config.num_attention_heads + K) * H
     biases = (2 * D + 2 * K * H) * config.attention_bias + (2 * F + D) * config.mlp_bias
@@ -115,23 +130,23 @@ def parameters(config: ModelConfig) -> int:
 
 
 def trained_of_block(job: Job) -> int:
-    D, F, H, K = _widths(job.model)
-    edges = 4 * D + 2 * (D + K * H) + 3 * (D + F)  # rows and columns of the seven matrices
-    return {"all": parameters_of_block(job.model), "adapters": job.lora * edges}.get(
-        job.trainable, 0
-    )
+    """Weights of a block, or of its adapters, that have gradients and moments."""
+    if job.trainable == "all":
+        return parameters_of_block(job.model)
+    if job.trainable == "adapters":
+        D, F, H, K = _widths(job.model)
+        # An adapter has a row of weights per input and per output of its matrix.
+        return job.lora * (4 * D + 2 * (D + K * H) + 3 * (D + F))
+    return 0
 
 
 def trained(job: Job) -> int:
-    """Weights that have gradients and moments."""
+    """All weights that have gradients and moments."""
     if job.trainable == "all":
         return parameters(job.model)
-    head = job.model.vq_config.num_embeddings * job.model.hidden_size
-    return (
-        head
-        if job.trainable == "image_head"
-        else job.model.num_hidden_layers * trained_of_block(job)
-    )
+    if job.trainable == "image_head":
+        return job.model.vq_config.num_embeddings * job.model.hidden_size
+    return job.model.num_hidden_layers * trained_of_block(job)
 
 
 def frozen_bytes(job: Job) -> int:
@@ -143,24 +158,28 @@ def frozen_bytes(job: Job) -> int:
 
 
 def flops_per_token(config: ModelConfig, length: int, trainable: str = "all") -> float:
-    """Forward and backward pass of training, if each row of `length` is one document."""
-    weight, attention = TRAINABLE[trainable]
-    blocks = config.num_hidden_layers
-    mixed = float(attention) * blocks * config.hidden_size * length
-    head = 6.0 * config.vocab_size * config.hidden_size
-    return weight * blocks * products_of_block(config) + mixed + head
+    """Operations of the forward and backward pass for one token, if each row of `length` tokens is
+    one document (several shorter documents take fewer)."""
+    weight_factor, attention_factor = TRAINABLE[trainable]
+    layers, width = config.num_hidden_layers, config.hidden_size
+    blocks = weight_factor * layers * products_of_block(config)
+    attention = float(attention_factor) * layers * width * length
+    head = 6.0 * config.vocab_size * width
+    return blocks + attention + head
 
 
 def activation_bytes(
     config: ModelConfig, tokens: int, tensor: int, dropout: float
 ) -> dict[str, float]:
-    """Bytes that the blocks keep for the backward pass, by `checkpointing`."""
+    """Bytes that the blocks keep of this many tokens for the backward pass, by `checkpointing`:
+    "none" keeps all, "selective" the outputs of products and attention, "full" the input of each
+    block."""
     D, F, H, K = _widths(config)
-    heads = D + K * H
-    products = D + 2 * K * H + D + D + 2 * F + D
+    heads = D + K * H  # queries and keys
+    outputs = D + 2 * K * H + D + D + 2 * F + D  # of the products and of attention
     full = 2 * D  # the input of the block, in bf16
-    selective = full + 2 * products
-    # fp32: heads before and after their norm, and rotated by halves; bf16: all else.
+    selective = full + 2 * outputs
+    # fp32: queries and keys before and after their norm, and after rotation; bf16: all else.
     none = (
         4 * 3 * heads
         + 2 * (heads + K * H + D)
@@ -174,20 +193,22 @@ def activation_bytes(
 
 
 def lines(job: Job) -> list[Line | str]:
-    """A line for each number of GPUs, or the sentence that says why it is impossible. Once a step
-    has too few rows, one sentence covers all larger numbers."""
-    found: list[Line | str] = []
+    """A line for each number of GPUs, or a sentence that says why that number is impossible. Once
+    a step has too few rows, one sentence covers all larger numbers."""
+    plan: list[Line | str] = []
     for gpus in job.gpus:
         try:
-            found.append(line(job, gpus))
+            plan.append(line(job, gpus))
         except TooFewRows as error:
-            return [*found, f"{gpus:,} GPUs and more: {error}"]
+            return [*plan, f"{gpus:,} GPUs and more: {error}"]
         except SettingError as error:
-            found.append(f"{gpus:,} GPUs: {error}")
-    return found
+            plan.append(f"{gpus:,} GPUs: {error}")
+    return plan
 
 
 def line(job: Job, gpus: int) -> Line:
+    """The plan for one number of GPUs. Raises `SettingError` if the model or the rows of a step
+    cannot be divided by it."""
     replicas, shard, tensor = job.layout.sizes(gpus)
     ranks, micro = replicas * shard, max(1, job.micro_rows)
     if job.rows % (ranks * micro):
@@ -196,11 +217,11 @@ def line(job: Job, gpus: int) -> Line:
             f"rows={job.rows} cannot be shared by {ranks} data ranks that compute "
             f"micro_rows={micro} at a time: choose a multiple of {ranks * micro}"
         )
-    tables = job.model.vocab_size * job.model.hidden_size
+    head = job.model.vocab_size * job.model.hidden_size
     operations = flops_per_token(job.model, job.length, job.trainable)
     speed = MFU * gpus * job.peak_tflops * 1e12 / operations
     tokens = micro * job.length
-    cut = shard * tensor
+    shards = shard * tensor
     return Line(
         gpus=gpus,
         replicas=replicas,
@@ -208,12 +229,13 @@ def line(job: Job, gpus: int) -> Line:
         tensor=tensor,
         micro_batches=job.rows // (ranks * micro),
         # Weight, gradient and two moments, 4 bytes each; FSDP does not shard the image head.
-        states=16 * trained(job) / (1 if job.trainable == "image_head" else cut)
-        + frozen_bytes(job) / cut,
-        gathered=_gathered(job) / tensor if cut > 1 else _cast(job),
+        states=16 * trained(job) / (1 if job.trainable == "image_head" else shards)
+        + frozen_bytes(job) / shards,
+        gathered=_gathered_bytes(job) / tensor if shards > 1 else _copied_bytes(job),
         activations=_activations(job, tokens, tensor),
-        # Gradient of the head in fp32, logits of a block in fp32 and bf16, states, their gradient.
-        loss=4 * tables / tensor
+        # Gradient of the head in fp32; logits of a block of positions in fp32 and bf16; hidden
+        # states and their gradient in bf16.
+        loss=4 * head / tensor
         + 6 * head_block(job.model.vocab_size // tensor) * job.model.vocab_size / tensor
         + 2 * 2 * tokens * job.model.hidden_size,
         tokens_per_second=speed,
@@ -221,55 +243,57 @@ def line(job: Job, gpus: int) -> Line:
     )
 
 
-def _gathered(job: Job) -> int:
-    """Two blocks in bf16, the gradient of one in bf16 and fp32; both tables and their gradients."""
+def _gathered_bytes(job: Job) -> int:
+    """Two blocks in bf16, the gradient of one in bf16 and fp32; the embedding and the head in bf16,
+    and their gradients if they are trained."""
     tables = 2 * job.model.vocab_size * job.model.hidden_size
     gradients = 2 * tables if job.trainable == "all" else 0
-    block = 2 * 2 * parameters_of_block(job.model)
-    return block + (2 + 4) * trained_of_block(job) + 2 * tables + gradients
+    blocks = 2 * 2 * parameters_of_block(job.model)
+    return blocks + (2 + 4) * trained_of_block(job) + 2 * tables + gradients
 
 
-def _cast(job: Job) -> int:
-    """One GPU gathers nothing, but keeps bf16 copies of the weights in products."""
+def _copied_bytes(job: Job) -> int:
+    """A single GPU gathers nothing, but autocast keeps bf16 copies of the weights in products."""
     blocks = trained_of_block(job) * job.model.num_hidden_layers
     return 2 * (blocks + job.model.vocab_size * job.model.hidden_size)
 
 
 def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
     """Bytes by `checkpointing`; if no block is trained, those of one block at a time."""
-    found = activation_bytes(job.model, tokens, tensor, job.dropout)
+    sizes = activation_bytes(job.model, tokens, tensor, job.dropout)
     blocks = job.model.num_hidden_layers
-    again = -(-blocks // job.layout.checkpointing_every) / blocks
-    found = {how: again * size + (1 - again) * found["none"] for how, size in found.items()}
+    # Only every n-th block is checkpointed; the others keep all.
+    share = -(-blocks // job.layout.checkpointing_every) / blocks
+    sizes = {name: share * size + (1 - share) * sizes["none"] for name, size in sizes.items()}
     if job.trainable == "image_head":
-        return dict.fromkeys(found, found["none"] / job.model.num_hidden_layers)
-    return found
+        return dict.fromkeys(sizes, sizes["none"] / blocks)
+    return sizes
 
 
 def table(job: Job) -> str:
     """The plan as text, with its assumptions. Time is in days, with `FEW_GPUS` in hours."""
-    time, hours = ("hours", 1.0) if job.gpus == FEW_GPUS else ("days", 24.0)
-    found = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job))
-    rows = [(*_HEADINGS, time), *found]
-    full = [row for row in rows if len(row) > 1]
+    unit, hours = ("hours", 1.0) if job.gpus == FEW_GPUS else ("days", 24.0)
+    cells = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job))
+    rows = [(*_HEADINGS, unit), *cells]
+    full = [row for row in rows if len(row) > 1]  # the others are sentences
     widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
-    shown = [
+    text = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         if len(row) > 1
         else row[0]
         for row in rows
     ]
-    step = job.rows * job.length
-    of_them = f", {trained(job):,} trained" if job.trainable != "all" else ""
+    step_tokens = job.rows * job.length
+    num_trained = f", {trained(job):,} trained" if job.trainable != "all" else ""
     head = (
-        f"{parameters(job.model):,} parameters{of_them}; {job.rows:,} rows x {job.length:,} = "
-        f"{step:,} tokens a step, {max(1, job.micro_rows)} rows at a time; "
-        f"{job.tokens:.3g} tokens = {job.tokens / step:,.0f} steps; "
+        f"{parameters(job.model):,} parameters{num_trained}; {job.rows:,} rows x {job.length:,} = "
+        f"{step_tokens:,} tokens a step, {max(1, job.micro_rows)} rows at a time; "
+        f"{job.tokens:.3g} tokens = {job.tokens / step_tokens:,.0f} steps; "
         f"{flops_per_token(job.model, job.length, job.trainable):.3g} operations a token"
     )
     speed = f"{MFU:.0%} of {job.peak_tflops:g} TFLOP/s a GPU (peak_tflops)"
     notes = [f"- {note}" for note in (*ASSUMED, f"speed: {speed}")]
-    return "\n".join([head, "memory in GiB of one GPU", "", *shown, "", "Assumed:", *notes])
+    return "\n".join([head, "memory in GiB of one GPU", "", *text, "", "Assumed:", *notes])
 
 
 _HEADINGS = (
@@ -290,9 +314,9 @@ _HEADINGS = (
 
 
 def _cells(line: Line, hours: float) -> tuple[str, ...]:
-    ways = ("none", "selective", "full")
-    sizes = [line.states, line.gathered, line.loss, *(line.activations[w] for w in ways)]
-    sizes += [line.total(way) for way in ways]
+    modes = ("none", "selective", "full")
+    sizes = [line.states, line.gathered, line.loss, *(line.activations[m] for m in modes)]
+    sizes += [line.total(mode) for mode in modes]
     return (
         f"{line.gpus:,}",
         f"{line.replicas} x {line.shard} x {line.tensor}",
@@ -304,4 +328,5 @@ def _cells(line: Line, hours: float) -> tuple[str, ...]:
 
 
 def _widths(config: ModelConfig) -> tuple[int, int, int, int]:
+    """D, F, H and K."""
     return config.hidden_size, config.intermediate_size, config.head_dim, config.kv_heads
