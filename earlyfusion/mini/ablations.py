@@ -40,7 +40,7 @@ from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
-from earlyfusion.train.curves import curves_of, draw_sheet
+from earlyfusion.train.curves import curves_of, draw_charts
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.loss import next_token_loss
 from earlyfusion.train.monitor import read_metrics
@@ -285,7 +285,7 @@ def report(config: AblationsConfig) -> Path:
 def _plot(out: Path, group: list[Trial], figures: tuple[str, ...]) -> PIL.Image.Image:
     curves = {t.name: curves_of(read_metrics(out / t.folder)) for t in group}
     charts = {f: {n: own[f] for n, own in curves.items() if f in own} for f in figures}
-    return draw_sheet({f: lines for f, lines in charts.items() if lines}, DIAGNOSTICS)
+    return draw_charts({f: lines for f, lines in charts.items() if lines}, DIAGNOSTICS)
 
 
 def _table(out: Path, group: list[Trial]) -> str:

@@ -1,4 +1,4 @@
-"""Curves of one run or of several as one image: a small chart per figure, made with Pillow."""
+"""Curves of one run or of several as one image, made with Pillow: a small chart per metric."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from PIL import Image, ImageDraw
 
 from earlyfusion.train.monitor import read_metrics
 
-_WIDE, _HIGH, _EDGE, _COLUMNS = 420, 260, 44, 3
-_INK, _GRID = (40, 40, 40), (222, 222, 222)
-_LINES = (
+# In pixels: the size of a chart, and the margin around its axes.
+_WIDTH, _HEIGHT, _MARGIN = 420, 260, 44
+_COLUMNS = 3
+_TEXT_COLOUR, _GRID_COLOUR = (40, 40, 40), (222, 222, 222)
+_LINE_COLOURS = (
     (31, 98, 189),
     (214, 69, 65),
     (38, 145, 75),
@@ -24,72 +26,75 @@ _LINES = (
     (150, 100, 60),
     (230, 90, 170),
 )
-_LEFT_OUT = {"step", "eta_seconds"}
+_NOT_PLOTTED = {"step", "eta_seconds"}
 
 Points = list[tuple[float, float]]
 
 
 def draw_curves(run: Path) -> Path | None:
-    """Write `curves.png` into a run's folder; None if there is nothing to draw yet."""
+    """Write `curves.png` into a run's folder; None if no metric has two points yet."""
     curves = curves_of(read_metrics(run))
     if not curves:
         return None
-    draw_sheet({name: {"": points} for name, points in curves.items()}).save(run / "curves.png")
+    draw_charts({name: {"": points} for name, points in curves.items()}).save(run / "curves.png")
     return run / "curves.png"
 
 
 def curves_of(rows: list[dict[str, Any]]) -> dict[str, Points]:
-    """Each figure that has more than one point, as (step, value)."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in _LEFT_OUT)
-    found = {
+    """(step, value) of each metric in rows of `metrics.jsonl` that has more than one point."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in _NOT_PLOTTED)
+    curves = {
         name: [(r["step"], r[name]) for r in rows if isinstance(r.get(name), int | float)]
         for name in names
     }
-    return {name: points for name, points in found.items() if len(points) > 1}
+    return {name: points for name, points in curves.items() if len(points) > 1}
 
 
-def draw_sheet(
-    charts: Mapping[str, Mapping[str, Points]], steep: Collection[str] = ()
+def draw_charts(
+    charts: Mapping[str, Mapping[str, Points]], logarithmic: Collection[str] = ()
 ) -> Image.Image:
-    """One chart per title, one line per name; charts in `steep` have a logarithmic scale."""
+    """All charts as one image, with a legend below. `charts` maps a title to lines, and the name of
+    a line to its points; those in `logarithmic` have a logarithmic y axis."""
     rows = math.ceil(len(charts) / _COLUMNS)
     names = list(dict.fromkeys(name for lines in charts.values() for name in lines if name))
-    wide, high = _WIDE * min(_COLUMNS, len(charts)), _HIGH * rows
-    sheet = Image.new("RGB", (wide, high + 16 * math.ceil(len(names) / 4)), "white")
+    width, height = _WIDTH * min(_COLUMNS, len(charts)), _HEIGHT * rows
+    sheet = Image.new("RGB", (width, height + 16 * math.ceil(len(names) / 4)), "white")
     for number, (title, lines) in enumerate(charts.items()):
-        down, along = divmod(number, _COLUMNS)
-        sheet.paste(_chart(title, lines, title in steep), (along * _WIDE, down * _HIGH))
-    for number, (name, colour) in enumerate(zip(names, cycle(_LINES), strict=False)):
-        down, along = divmod(number, 4)
-        ImageDraw.Draw(sheet).text((20 + along * wide // 4, high + 16 * down), name, fill=colour)
+        row, column = divmod(number, _COLUMNS)
+        sheet.paste(_chart(title, lines, title in logarithmic), (column * _WIDTH, row * _HEIGHT))
+    for number, (name, colour) in enumerate(zip(names, cycle(_LINE_COLOURS), strict=False)):
+        row, column = divmod(number, 4)
+        corner = (20 + column * width // 4, height + 16 * row)
+        ImageDraw.Draw(sheet).text(corner, name, fill=colour)
     return sheet
 
 
-def _chart(title: str, lines: Mapping[str, Points], steep: bool) -> Image.Image:
-    chart = Image.new("RGB", (_WIDE, _HIGH), "white")
+def _chart(title: str, lines: Mapping[str, Points], logarithmic: bool) -> Image.Image:
+    chart = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = ImageDraw.Draw(chart)
-    down = _log10 if steep else float
-    ends = [(x, down(y)) for points in lines.values() for x, y in points]
-    left, right = min(x for x, _ in ends), max(x for x, _ in ends)
-    low, high = min(y for _, y in ends), max(y for _, y in ends)
-    box = (_EDGE + 20, _EDGE - 12, _WIDE - 16, _HIGH - _EDGE + 8)
+    scale = _log10 if logarithmic else float
+    points = [(x, scale(y)) for line in lines.values() for x, y in line]
+    min_x, max_x = min(x for x, _ in points), max(x for x, _ in points)
+    min_y, max_y = min(y for _, y in points), max(y for _, y in points)
+    left, top, right, bottom = _MARGIN + 20, _MARGIN - 12, _WIDTH - 16, _HEIGHT - _MARGIN + 8
     for share in (0.0, 0.5, 1.0):
-        y, value = box[3] + share * (box[1] - box[3]), low + share * (high - low)
-        draw.line((box[0], y, box[2], y), fill=_GRID)
-        draw.text((6, y - 6), f"{10**value if steep else value:.3g}", fill=_INK)
-    draw.text((box[0], 8), title, fill=_INK)
-    draw.text((box[0], box[3] + 8), f"{left:,.0f}", fill=_INK)
-    draw.text((box[2], box[3] + 8), f"{right:,.0f}", fill=_INK, anchor="ra")
-    wide, tall = max(right - left, 1e-12), max(high - low, 1e-12)
-    for points, colour in zip(lines.values(), cycle(_LINES), strict=False):
-        line = [
+        y, value = bottom + share * (top - bottom), min_y + share * (max_y - min_y)
+        draw.line((left, y, right, y), fill=_GRID_COLOUR)
+        label = f"{10**value if logarithmic else value:.3g}"
+        draw.text((6, y - 6), label, fill=_TEXT_COLOUR)
+    draw.text((left, 8), title, fill=_TEXT_COLOUR)
+    draw.text((left, bottom + 8), f"{min_x:,.0f}", fill=_TEXT_COLOUR)
+    draw.text((right, bottom + 8), f"{max_x:,.0f}", fill=_TEXT_COLOUR, anchor="ra")
+    range_x, range_y = max(max_x - min_x, 1e-12), max(max_y - min_y, 1e-12)
+    for line, colour in zip(lines.values(), cycle(_LINE_COLOURS), strict=False):
+        pixels = [
             (
-                box[0] + (x - left) / wide * (box[2] - box[0]),
-                box[3] - (down(y) - low) / tall * (box[3] - box[1]),
+                left + (x - min_x) / range_x * (right - left),
+                bottom - (scale(y) - min_y) / range_y * (bottom - top),
             )
-            for x, y in points
+            for x, y in line
         ]
-        draw.line(line, fill=colour, width=2, joint="curve")
+        draw.line(pixels, fill=colour, width=2, joint="curve")
     return chart
 
 
