@@ -284,6 +284,17 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_cut_line_of_metrics_does_not_stop_a_run_from_continuing(tmp_path: Path) -> None:
+    """A machine that loses its power or a full disk may leave half of the last line."""
+    whole = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(3))
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 3, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
+    monitor = Monitor(tmp_path, 2, 4)
+    monitor.log(2, {"loss": 0.5})
+    monitor.close()
+    assert losses(tmp_path) == [1.0, 1.0, 0.5]
+
+
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_until_the_figures_are_written(

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from earlyfusion.files import signals_wait
+from earlyfusion.files import replacing, signals_wait
 
 _SECONDS_A_LINE = 60.0
 
@@ -170,15 +170,20 @@ def _wait(device: torch.device) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """The rows of a run's `metrics.jsonl`, in the order of their steps."""
+    rows: list[dict[str, Any]] = []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # the last line may be cut short, as by a loss of power
+            rows.append(json.loads(line))
+    return rows
 
 
 def _drop_from(path: Path, first: int) -> None:
     """Remove rows that a resumed run will write again."""
     if path.exists():
         earlier = [r for r in read_metrics(path.parent) if r["step"] < first]
-        path.write_text("".join(json.dumps(r) + "\n" for r in earlier), encoding="utf-8")
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(r) + "\n" for r in earlier), encoding="utf-8")
 
 
 def _summary_writer(run: Path, first: int) -> Any:
