@@ -121,12 +121,12 @@ def test_a_run_whose_last_steps_change_nothing_says_so(tmp_path: Path) -> None:
 
 def test_a_spike_is_skipped_once_the_mean_is_known() -> None:
     watch = Watch(WatchConfig(spike=2.0))
-    assert watch.judge(0, 100.0, 1.0)
-    assert all(watch.judge(step, 5.0, 1.0) for step in range(1, 400))
-    assert not watch.judge(400, 11.0, 1.0) and watch.skipped == 1
-    assert watch.judge(401, 8.0, 1.0) and watch.in_row == 0
-    assert not watch.judge(402, 5.0, math.nan)
-    assert Watch(WatchConfig()).judge(0, 1e9, 1.0)
+    assert watch.accepts(0, 100.0, 1.0)
+    assert all(watch.accepts(step, 5.0, 1.0) for step in range(1, 400))
+    assert not watch.accepts(400, 11.0, 1.0) and watch.skipped == 1
+    assert watch.accepts(401, 8.0, 1.0) and watch.in_row == 0
+    assert not watch.accepts(402, 5.0, math.nan)
+    assert Watch(WatchConfig()).accepts(0, 1e9, 1.0)
 
 
 def test_several_bad_steps_roll_back_and_skip_their_documents(
@@ -159,11 +159,11 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path: Path, device: torch.devic
 
 def test_growth_of_the_output_is_reported(tmp_path: Path) -> None:
     watch = Watch(WatchConfig(growth=2.0))
-    notes_of_step = [watch.signs({"output_norm": 1.0 + step / 10}) for step in range(40)]
+    notes_of_step = [watch.growth_notes({"output_norm": 1.0 + step / 10}) for step in range(40)]
     noted_steps = [step for step, sentences in enumerate(notes_of_step) if sentences]
     assert 10 < noted_steps[0] < 20 and 1 <= len(noted_steps) <= 2
     assert "output_norm grew from 1 to 2" in notes_of_step[noted_steps[0]][0]
-    assert not any(watch.signs({"top_logit": math.nan, "loss": 9.0}) for _ in range(9))
+    assert not any(watch.growth_notes({"top_logit": math.nan, "loss": 9.0}) for _ in range(9))
 
 
 def test_the_output_norm_is_that_of_the_last_block(tmp_path: Path) -> None:

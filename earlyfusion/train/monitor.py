@@ -1,6 +1,6 @@
-"""What a run reports: a progress bar, a JSONL file, TensorBoard if it is installed, W&B on request.
-Speed is logged in tokens or images per second, as a share of the devices' peak (`mfu`), and as
-the seconds left."""
+"""Reports the metrics of a run: progress bar, `metrics.jsonl`, TensorBoard if it is installed, W&B
+on request. Each row also has the speed in tokens or images per second (`per_second`), the share of
+the devices' peak that this is (`mfu`), and the seconds that are left (`eta_seconds`)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from earlyfusion.files import replacing, signals_wait
 
-_SECONDS_A_LINE = 60.0
+_SECONDS_PER_LINE = 60.0  # between printed lines, where there is no progress bar
 
 
 class Monitor:
-    """Writes one line of `metrics.jsonl` per call of `log`, and moves the progress bar. `flops` are
-    the operations of one unit and `peak()` those of the devices per second; `left(each, done)` are
-    the seconds left if a step takes `each` and `done` steps are done. A `quiet` monitor does
-    nothing: of several processes only the first reports."""
+    """Reports on a run in the folder `run` that starts at step `first` (not 0 if it continues).
+
+    `flops` are the operations that one token or image takes, `peak()` those that all devices can do
+    per second; without `peak`, no `mfu` is logged. `seconds_left(step_seconds, done)` are the
+    seconds to the end after `done` steps if each takes `step_seconds`. A `quiet` monitor does
+    nothing: of several processes only the first reports.
+    """
 
     def __init__(
         self,
@@ -39,19 +42,20 @@ class Monitor:
         quiet: bool = False,
         flops: float = 0.0,
         peak: Callable[[], float] | None = None,
-        left: Callable[[float, int], float] | None = None,
+        seconds_left: Callable[[float, int], float] | None = None,
     ) -> None:
-        self._left = left or (lambda each, done: each * (steps - done))
+        self._seconds_left = seconds_left or (lambda each, done: each * (steps - done))
         self._run, self._quiet, self._steps = run, quiet, steps
         self._flops, self._peak = flops, peak
+        # Since the last call of `log`: when it was, units processed, steps done.
         self._since, self._units, self._done = time.perf_counter(), 0.0, 0
-        self._next_line = 0.0
+        self._next_print = 0.0
         if quiet:
             return
         run.mkdir(parents=True, exist_ok=True)
         _drop_from(run / "metrics.jsonl", first)
-        self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _summary_writer(run, first)
+        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = _summary_writer(run, first)
         self._wandb = _wandb_run(run) if wandb else None
         columns = (
             TextColumn("{task.description}"),
@@ -72,33 +76,33 @@ class Monitor:
             self._bar.update(self._task, completed=step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Report the metrics of a step, with the speed, everywhere that the run reports to."""
+        """Report the metrics of a step, and the speed since the previous call."""
         if self._quiet:
             return
         speed = self._speed(step)
         # JSON has neither NaN nor infinity.
-        known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._lines.write(json.dumps({"step": step} | known | speed) + "\n")
-        self._lines.flush()
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._metrics.write(json.dumps({"step": step} | finite | speed) + "\n")
+        self._metrics.flush()
         with signals_wait():
             for name, value in (metrics | speed).items():
-                if self._board is not None:
-                    self._board.add_scalar(name, value, step)
+                if self._tensorboard is not None:
+                    self._tensorboard.add_scalar(name, value, step)
             if self._wandb is not None:
                 self._wandb.log(metrics | speed, step=step)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
+        first_metrics = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
         share = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
-        status = f"{shown}  {speed['per_second']:,.0f}/s{share}"
+        status = f"{first_metrics}  {speed['per_second']:,.0f}/s{share}"
         self._bar.update(self._task, description=status)
         if self._bar.disable:
             self._print(step + 1, status, speed["eta_seconds"])
 
-    def _print(self, done: int, status: str, seconds: float) -> None:
+    def _print(self, done: int, status: str, seconds_left: float) -> None:
         """Without a terminal, print a line: the first, the last, and one per minute in between."""
         now = time.monotonic()
-        if done >= self._steps or now >= self._next_line:
-            self._next_line = now + _SECONDS_A_LINE
-            left = f"  {seconds:,.0f} s left" if done < self._steps else ""
+        if done >= self._steps or now >= self._next_print:
+            self._next_print = now + _SECONDS_PER_LINE
+            left = f"  {seconds_left:,.0f} s left" if done < self._steps else ""
             line = f"step {done:,} of {self._steps:,}  {status}{left}"
             print(line, file=sys.stderr, flush=True)
 
@@ -111,12 +115,12 @@ class Monitor:
         self._console.print(f"step {step}: {sentence}", highlight=False)
 
     def rewind(self, first: int) -> None:
-        """Remove the metrics of steps from `first` on, which will be taken again."""
+        """Remove the metrics of steps from `first` on, which will be computed again."""
         if self._quiet:
             return
-        self._lines.close()
+        self._metrics.close()
         _drop_from(self._run / "metrics.jsonl", first)
-        self._lines = (self._run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = (self._run / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar.update(self._task, completed=first)
 
     def close(self) -> None:
@@ -124,47 +128,48 @@ class Monitor:
         if self._quiet:
             return
         self._bar.stop()
-        self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time of the block does not count towards speed."""
+        """The time that the block takes does not count towards the speed."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
-        passed = max(now - self._since, 1e-9)
-        rate, each = self._units / passed, passed / max(1, self._done)
+        seconds = max(now - self._since, 1e-9)
+        rate, step_seconds = self._units / seconds, seconds / max(1, self._done)
         self._since, self._units, self._done = now, 0.0, 0
         speed = {"per_second": round(rate, 2)}
         if self._peak is not None:
             speed["mfu"] = round(rate * self._flops / self._peak(), 4)
-        return speed | {"eta_seconds": round(self._left(each, step + 1), 1)}
+        return speed | {"eta_seconds": round(self._seconds_left(step_seconds, step + 1), 1)}
 
 
 @lru_cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a product of two square matrices: the best of six."""
+    """Floating-point operations per second of a product of two square matrices, measured on the
+    device: the best of six runs."""
     # Large enough to keep a GPU busy, small enough for a CPU's cache.
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(6):
-        _wait(device)
-        since = time.perf_counter()
+        _synchronize(device)
+        begin = time.perf_counter()
         torch.mm(a, b)
-        _wait(device)
-        best = min(best, time.perf_counter() - since)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - begin)
     return float(2 * size**3 / best)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -191,7 +196,7 @@ def _summary_writer(run: Path, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # TensorBoard hides earlier values of the steps from `first` on, which are taken again.
+    # TensorBoard hides earlier values of the steps from `first` on, which are computed again.
     return SummaryWriter(str(run / "tensorboard"), purge_step=first or None)
 
 
@@ -199,8 +204,8 @@ def _wandb_run(run: Path) -> Any:
     """A run of Weights & Biases, which a resumed training continues."""
     import wandb
 
-    name = run / "wandb-id"
-    if not name.exists():
-        name.write_text(uuid4().hex[:16], encoding="utf-8")
-    known = name.read_text(encoding="utf-8").strip()
-    return wandb.init(project="earlyfusion", name=run.name, dir=str(run), id=known, resume="allow")
+    path = run / "wandb-id"
+    if not path.exists():
+        path.write_text(uuid4().hex[:16], encoding="utf-8")
+    id_ = path.read_text(encoding="utf-8").strip()
+    return wandb.init(project="earlyfusion", name=run.name, dir=str(run), id=id_, resume="allow")

@@ -1,8 +1,8 @@
 """The progress of a run: by its steps, or by the clock if it has a budget of minutes.
 
-The learning rate, and all else that changes over a run, depends on the share that is done. So a run
-of unknown speed ends within its budget with its rate decayed, or earlier if its steps are done.
-Time spent before a resume counts.
+The learning rate, and everything else that changes over a run, depends on the share of the run that
+is done. So a run of unknown speed ends within its budget with its learning rate decayed, or earlier
+if its steps are done. Time spent before the run was resumed counts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 
 class Pace:
-    """The progress of a run of at most `steps` steps and, if not 0, of `minutes`. `spent` are
-    seconds before a resume; `now` returns seconds."""
+    """The progress of a run of at most `steps` steps and at most `minutes` (0: any time). `spent`
+    are the seconds that it trained before it was resumed; `now` is a clock that returns seconds."""
 
     def __init__(
         self,
@@ -27,6 +27,7 @@ class Pace:
 
     @property
     def seconds(self) -> float:
+        """The time that the run has trained so far."""
         return self._spent + self._now() - self._since
 
     def share(self, step: int) -> float:
@@ -36,9 +37,10 @@ class Pace:
         return min(1.0, max(by_steps, by_clock))
 
     def is_over(self, step: int) -> bool:
+        """Whether the run ends before step `step`."""
         return step >= self._steps or bool(self._budget and self.seconds >= self._budget)
 
-    def seconds_left(self, each: float, step: int) -> float:
-        """Seconds to the end if a step takes `each` seconds and `step` steps are done."""
-        left = each * (self._steps - step)
+    def seconds_left(self, step_seconds: float, step: int) -> float:
+        """Seconds to the end if a step takes `step_seconds` and `step` steps are done."""
+        left = step_seconds * (self._steps - step)
         return max(0.0, min(left, self._budget - self.seconds)) if self._budget else left

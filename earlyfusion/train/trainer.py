@@ -1,8 +1,8 @@
 """The training loop of both networks, on one device or on many.
 
-A `Task` says what a step learns from; the loop does the rest. Every random number of step k (order
-of the data, augmentation, dropout) depends only on the seed and k, so a resumed run continues as if
-it had never stopped: with losses equal to the bit on a CPU.
+A `Task` has the network, its data and its loss; the loop does the rest. Every random number of step
+k (order of the data, augmentation, dropout) depends only on the seed and k, so a resumed run
+continues as if it had never stopped: on a CPU its losses are equal to the bit.
 """
 
 from __future__ import annotations
@@ -105,10 +105,9 @@ class RunConfig:
 
 
 GenerateSamples = Callable[[int, Path], dict[str, float]]
-"""Generates samples with the weights after this many steps: images into a folder, figures to log.
-
-It finds the model in eval mode and may use random numbers: the training is not affected.
-"""
+"""Called with the number of steps done and a folder: writes sample images into the folder, and
+returns metrics to log. The model is in eval mode meanwhile, and random numbers that it uses do not
+change those of the training."""
 
 
 def train(
@@ -119,8 +118,11 @@ def train(
     validation: Validation | None = None,
 ) -> None:
     """Train to `run.steps`, from the newest checkpoint under `run.out` if there is one.
+
     `generate_samples` is called every `run.sample_every` steps and at the end, with the folder
-    `samples/`. The weights of the best `validation` are kept in `best/`; it may end the run early.
+    `samples/`. The weights with the lowest loss in `validation` are kept in `best/`; `validation`
+    may also end the run early. Raises `CheckpointError` if the run cannot be continued with these
+    settings, and `SettingError` if settings do not go together or the loss diverges.
     """
     with locked(run.out), freed_memory_kept():
         training = _Training(task, run, optim, generate_samples, validation)
@@ -158,7 +160,7 @@ class _Training:
         self.watch = Watch(run.watch)
         self.saver = checkpoint.Saver(run.out, run.keep, run.save_beside)
         self.validation = validation
-        self.best = (
+        self.best_saver = (
             checkpoint.Saver(best_folder(run.out), 1, in_background=False) if validation else None
         )
         self.frozen_fingerprint = task.frozen_fingerprint
@@ -167,7 +169,7 @@ class _Training:
         self.step = int(state.get("step", 0))
         self.watch.load_state(state.get("watch", {}))
         self.pace = Pace(run.steps, run.minutes, float(state.get("seconds", 0.0)))
-        self.monitor = self._monitor()
+        self.monitor = self._start_monitor()
         self.generate_samples = generate_samples if processes.rank() == 0 else None
         self._warn()
 
@@ -177,20 +179,20 @@ class _Training:
         # A new run takes one step even if no time is left, so that it leaves a checkpoint.
         self._out_of_time = bool(self.step) and self.pace.is_over(self.step)
         while self.step < last and not self._has_ended:
-            metrics = self._step(self.step)
+            metrics = self._train_step(self.step)
             if self.watch.must_roll_back:
                 self._roll_back()
                 continue
             self._out_of_time = self.pace.is_over(self.step + 1)
             extra = self._validate(self.step + 1 if self._out_of_time else last)
-            ends = self.step + 1 == last or self._has_ended
-            extra |= self._sample(ends)
-            if self.step % run.log_every == 0 or ends or extra:
+            is_last = self.step + 1 == last or self._has_ended
+            extra |= self._sample(is_last)
+            if self.step % run.log_every == 0 or is_last or extra:
                 self._log(metrics | extra)
-            if ends and self.watch.in_row:
-                self.monitor.note(self.step, self.watch.ended_badly())
+            if is_last and self.watch.in_row:
+                self.monitor.note(self.step, self.watch.skipped_at_end())
             self.step += 1
-            if self.step % run.save_every == 0 or ends:
+            if self.step % run.save_every == 0 or is_last:
                 self._save()
             self.saver.poll()
         self.saver.finish()
@@ -202,9 +204,10 @@ class _Training:
 
     @property
     def _has_ended(self) -> bool:
+        """Whether its minutes or its validation have ended the run."""
         return self._out_of_time or (self.validation is not None and self.validation.ends)
 
-    def _monitor(self) -> Monitor:
+    def _start_monitor(self) -> Monitor:
         run, flops = self.run, self.task.flops_per_unit
         device = next(self.task.model.parameters()).device
         return Monitor(
@@ -215,7 +218,7 @@ class _Training:
             quiet=processes.rank() > 0,
             flops=flops,
             peak=partial(_peak, run, device) if flops else None,
-            left=self.pace.seconds_left,
+            seconds_left=self.pace.seconds_left,
         )
 
     def _warn(self) -> None:
@@ -228,7 +231,8 @@ class _Training:
 
     # ---- one step
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def _train_step(self, step: int) -> dict[str, Any]:
+        """Change the weights by one step, unless it is bad; the metrics of the step."""
         # The first process has the seed of a single process; others get other dropout masks.
         torch.manual_seed(self.run.seed * 1_000_003 + step + processes.rank() * 7_919_000_003)
         self.task.progress = self.pace.share(step)
@@ -242,7 +246,7 @@ class _Training:
             parallel.average_gradients(parameters, self.mesh)
         norm = parallel.clip_gradients(parameters, self.optim.clip or math.inf)
         extra: dict[str, float] = {}
-        if self.watch.judge(step, float(loss), float(norm)):
+        if self.watch.accepts(step, float(loss), float(norm)):
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
@@ -252,12 +256,14 @@ class _Training:
         return {"loss": loss} | metrics | extra | {"grad_norm": norm, "lr": rate} | skipped
 
     def _rate(self, step: int) -> float:
+        """The learning rate of a step."""
         if self.run.minutes:
             return learning_rate_at(self.optim, step, self.task.progress)
         return learning_rate(self.optim, step, self.run.steps)
 
     def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Gradients of all micro batches; the sum of their losses and the mean of their figures."""
+        """Compute the gradients of all micro batches. Returns the sum of their losses, the mean of
+        their metrics, and the number of their units (tokens or images)."""
         losses, metrics, units = [], [], 0.0
         for _ in range(self.task.micro_batches):
             with self._autocast():
@@ -270,7 +276,7 @@ class _Training:
         if len(losses) == 1:
             return losses[0], metrics[0], units
         # A micro batch without images has NaN as the loss of images.
-        means = {k: torch.stack([f[k].float() for f in metrics]).nanmean() for k in metrics[0]}
+        means = {k: torch.stack([m[k].float() for m in metrics]).nanmean() for k in metrics[0]}
         return torch.stack(losses).sum(), means, units
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -283,13 +289,13 @@ class _Training:
     def _validate(self, last: int) -> dict[str, float]:
         """Measure the loss of held-out documents; keep the weights if it is the lowest so far."""
         validation, done = self.validation, self.step + 1
-        if validation is None or self.best is None or not validation.is_due(done, last):
+        if validation is None or self.best_saver is None or not validation.is_due(done, last):
             return {}
         with self.monitor.paused(), _evaluating(self.task.model), self._autocast():
             metrics = validation.measure()
         if validation.is_best(done, metrics[LOSS]):
             state = {LOSS: metrics[LOSS]} | self._frozen_state()
-            self.best.save(done, {"model": self._tensors()["model"]}, state)
+            self.best_saver.save(done, {"model": self._tensors()["model"]}, state)
         if validation.ends:
             self.monitor.note(
                 self.step,
@@ -298,10 +304,10 @@ class _Training:
             )
         return metrics
 
-    def _sample(self, ends: bool) -> dict[str, float]:
-        """Generate samples with the present weights; figures about them."""
+    def _sample(self, is_last: bool) -> dict[str, float]:
+        """Generate samples with the present weights; metrics of them."""
         done, every = self.step + 1, self.run.sample_every
-        if self.generate_samples is None or not (ends or (every and done % every == 0)):
+        if self.generate_samples is None or not (is_last or (every and done % every == 0)):
             return {}
         folder = self.run.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -313,7 +319,7 @@ class _Training:
         values = {k: float(v) for k, v in metrics.items()}
         self.monitor.log(self.step, values)
         if self.step >= self.optim.warmup_steps:
-            for sentence in self.watch.signs(values):
+            for sentence in self.watch.growth_notes(values):
                 self.monitor.note(self.step, sentence)
 
     # ---- checkpoints
@@ -333,6 +339,7 @@ class _Training:
         return {"began_with": self.frozen_fingerprint} if self.frozen_fingerprint else {}
 
     def _tensors(self) -> dict[str, Any]:
+        """Tensors of model and optimizer for a checkpoint, without frozen weights that it omits."""
         model = self.task.model.state_dict()
         for name in checkpoint.frozen(self.task.model) if self.frozen_fingerprint else ():
             del model[name]
@@ -340,7 +347,8 @@ class _Training:
         return {"model": model, "optimizer": self.optimizer.state_dict()} | averaged
 
     def _restore(self) -> dict[str, Any]:
-        """Set model, optimizer and task to the newest checkpoint; its state, {} without one."""
+        """Set model, optimizer and task to the newest checkpoint. Returns its state; {} if there is
+        no checkpoint."""
         step, sentences = processes.agree(lambda: checkpoint.newest_undamaged(self.run.out))
         for sentence in sentences:
             say(sentence)
@@ -349,7 +357,7 @@ class _Training:
         if not step:
             return {}
         state = checkpoint.load_state(self.run.out, step)
-        self._check(state)
+        self._check_same_run(state)
         if self.mesh is None:
             tensors, _ = checkpoint.load(self.run.out, step)
         else:
@@ -366,7 +374,8 @@ class _Training:
             self.validation.load_state(state.get("validation", {}))
         return state
 
-    def _check(self, state: dict[str, Any]) -> None:
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        """Raise `CheckpointError` if a checkpoint's run had other settings or frozen weights."""
         at_start = _unchangeable(
             _as_json(RunConfig()) | state["run"], _as_json(OptimConfig()) | state["optim"]
         )
@@ -389,7 +398,8 @@ class _Training:
         self.frozen_fingerprint = before
 
     def _roll_back(self) -> None:
-        """Return to the newest checkpoint. Data seen since then is not seen again."""
+        """Return to the newest checkpoint. Data seen since then is skipped. Raises `SettingError`
+        if there is no checkpoint, or if the run has been rolled back too often."""
         self.saver.finish()
         first, value = self.watch.first_bad
         saved_steps = processes.agree(lambda: checkpoint.steps(self.run.out))
@@ -402,7 +412,7 @@ class _Training:
         self.step = int(self._restore()["step"])
         self.task.skip_to(seen)
         # `watch` is not restored, as it counts the roll-backs.
-        self.watch.rolled_back()
+        self.watch.count_roll_back()
         self.monitor.rewind(self.step)
         self.monitor.note(
             reached, f"the loss of step {first} is {value:g}: rolled back to step {self.step}"
@@ -427,7 +437,8 @@ def _is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model uncompiled and in eval mode; afterwards modes and random numbers are as before."""
+    """Within the block the model is uncompiled and in eval mode. Afterwards its modes and torch's
+    random number generators are as before."""
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -441,12 +452,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _peak(run: RunConfig, device: torch.device) -> float:
-    """Operations per second that all devices of a run can do."""
+    """Floating-point operations per second that all devices of a run can do together."""
     dtype = torch_dtype(run.precision)
     return processes.count() * (run.peak_tflops * 1e12 or matmul_peak(device, dtype))
 
 
 def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Within the block, products are computed in bf16 if `precision` is "bf16"."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
