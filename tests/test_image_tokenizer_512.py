@@ -23,7 +23,7 @@ from earlyfusion.parallel import ParallelConfig
 from earlyfusion.recipes import image_tokenizer_512
 from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
-from earlyfusion.train.critic import Critic, check_side
+from earlyfusion.train.discriminator import Discriminator, check_side
 from earlyfusion.train.image_tokenizer import (
     HeldOut,
     ImageTokenizerTask,
@@ -78,7 +78,7 @@ def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
 def test_it_learns_resumes_exactly_and_ends_in_a_folder_that_loads(
     tmp_path: Path, photos: Path, vgg16: Path, device: torch.device
 ) -> None:
-    """With all terms, in parts, by threads: critic and its optimizer are resumed too."""
+    """With all terms, in parts, by threads: the discriminator and its optimizer are resumed too."""
     fields = [f"data={photos}", "steps=12", "batch=4", "micro_batch=2", "workers=2", "keep=9"]
     fields += ["perceptual=1", f"perceptual_weights={vgg16}", "sample_every=6", "save_every=100"]
     fields += ["adversarial=0.8", "adversarial_from=3", "critic_layers=1", "critic_width=8"]
@@ -207,15 +207,15 @@ def test_held_out_figures_are_those_of_codes(tmp_path: Path, device: torch.devic
     assert HeldOut(model, images[:0])(1, tmp_path) == {}
 
 
-def test_the_critic_learns_to_tell_and_its_weight_balances(device: torch.device) -> None:
+def test_the_discriminator_learns_to_tell_and_its_weight_balances(device: torch.device) -> None:
     torch.manual_seed(0)
-    critic = Critic(layers=1, width=8, rate=2e-3, device=device)
+    discriminator = Discriminator(layers=1, width=8, lr=2e-3, device=device)
     reals, fakes = torch.rand(4, 3, 16, 16) * 0.2 + 0.5, torch.rand(4, 3, 16, 16) * 0.2 - 0.7
     reals, fakes = reals.to(device), fakes.to(device)
-    results = [critic.learn([(reals, fakes)], 1.0, None) for _ in range(40)]
+    results = [discriminator.train_step([(reals, fakes)], 1.0, None) for _ in range(40)]
     assert results[0] == pytest.approx(1.0, abs=0.3) and results[-1] < 0.3
     halves = [(reals[:2], fakes[:2]), (reals[2:], fakes[2:])]
-    assert critic.learn(halves, 0.5, None) == pytest.approx(results[-1], abs=0.1)
+    assert discriminator.train_step(halves, 0.5, None) == pytest.approx(results[-1], abs=0.1)
     check_side(3, 64)
     with pytest.raises(SettingError, match=r"critic_layers=3 .* give 1 to 2"):
         check_side(3, 16)

@@ -127,7 +127,7 @@ def test_perturbed_codes_are_near_ones_and_only_the_decoder_sees_them(
     assert 0.4 < changed.float().mean() < 0.6
     allowed = nearest_codewords(model)[codes[changed]]
     assert (allowed == recorded[0][changed][:, None]).any(1).all()
-    assert torch.equal(task._seen[0].codes_N, codes.flatten())
+    assert torch.equal(task._results[0].codes_N, codes.flatten())
 
 
 def test_in_bf16_the_codes_are_still_the_nearest(device: torch.device) -> None:

@@ -23,7 +23,7 @@ from earlyfusion import processes
 from earlyfusion.config import PRESETS
 from earlyfusion.data.images import to_pixels
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.train.image_tokenizer import HeldOut, ImageTokenizerConfig, check_terms
+from earlyfusion.train.image_tokenizer import HeldOut, ImageTokenizerConfig, check_perceptual_files
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 
@@ -109,7 +109,7 @@ def held_out_images(data: EmojiData, config: EmojiImageTokenizerConfig) -> torch
 
 
 def main(config: EmojiImageTokenizerConfig) -> None:
-    check_terms(config.loss)
+    check_perceptual_files(config.loss)
     data, model = EmojiData(config.data), config.build()
     task = config.task(model, AugmentedBatches(data, config))
     train(task, config.run, config.optim, HeldOut(model, held_out_images(data, config), batch=16))

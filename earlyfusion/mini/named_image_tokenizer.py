@@ -33,7 +33,7 @@ from earlyfusion.train.image_tokenizer import (
     HeldOut,
     ImageTokenizerConfig,
     VQLossConfig,
-    check_terms,
+    check_perceptual_files,
 )
 from earlyfusion.train.semantic import SemanticHead
 from earlyfusion.train.trainer import RunConfig, train
@@ -120,7 +120,7 @@ class Validation:
 
 
 def main(config: NamedImageTokenizerConfig) -> None:
-    check_terms(config.loss)
+    check_perceptual_files(config.loss)
     data, model = load_emoji(config.data, config.icons), config.build()
     head = None
     if config.loss.naming:

@@ -49,7 +49,7 @@ from earlyfusion.train.image_tokenizer import (
     HeldOut,
     ImageTokenizerConfig,
     VQLossConfig,
-    check_terms,
+    check_perceptual_files,
 )
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
@@ -103,7 +103,7 @@ def open_batches(
 
 def main(config: SquaresConfig) -> None:
     run, notes = config.run, notes_folder(config.run.out)
-    check_terms(config.loss)
+    check_perceptual_files(config.loss)
     quarantine = Quarantine(notes / "quarantine.jsonl", config.pictures.max_broken)
     batches, held_out = open_batches(config, quarantine, notes)
     model = config.build()

@@ -1,19 +1,22 @@
 """Training of the VQ-GAN: reconstruction, codebook, and optional perceptual and adversarial terms.
 
-loss = l1 |x - y| + l2 (x - y)^2 + commitment |latents - codewords|^2 [+ perceptual] [+ patch GAN]
+loss = l1 |x - y| + l2 (x - y)^2 + commitment |latents - codewords|^2 [+ perceptual] [+ adversarial]
 
-The codebook follows the latents by an exponential moving average, or by gradient
+The codebook follows the latents by an exponential moving average, or it learns by gradient
 (`codebook="gradient"`, van den Oord et al. 2017). Unused codewords are moved onto latents of the
-current batch. The patch GAN and its adaptive weight follow Esser et al. 2021. `trainable="decoder"`
-leaves encoder and codebook as they are, so that transformers trained on their codes stay valid.
-With `perturb` the decoder also learns to decode images with some wrong codewords, as a
-transformer's sometimes are (RobusTok). With `naming` a separate head must name what is shown from
-the codewords. `trainable="encoder"` leaves codebook and decoder as they are: images are encoded to
-other codes, which are still decoded as before.
+current batch. The discriminator and its adaptive weight follow Esser et al. 2021. With `naming`, a
+separate head learns to name what an image shows from its codewords (`train.semantic`).
 
-Several processes hold copies: gradients are averaged, statistics of the codebook added up. Shapes:
-B batch, C channels, Y X pixels, K codebook, N vectors.
+With `trainable="decoder"` encoder and codebook do not change, so a transformer that was trained on
+their codes stays valid. With `perturb` the decoder also learns to decode images with some wrong
+codes, as a transformer sometimes generates them (RobusTok). With `trainable="encoder"` codebook and
+decoder do not change: images get other codes, and each code is still decoded as before.
+
+Each of several processes holds a copy of the network: gradients are averaged, and the statistics of
+the codebook are added up.
 """
+
+# Shapes: B batch, C channels, Y X pixels, h w codes of an image, K codebook, N latent vectors.
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +44,7 @@ from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN, Level, Quantized
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.train import checkpoint
-from earlyfusion.train.critic import Critic, check_side, weight_of
+from earlyfusion.train.discriminator import Discriminator, adaptive_weight, check_side
 from earlyfusion.train.likeness import Perceptual, psnr, ssim
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.samples import save_grid, to_image
@@ -55,8 +59,8 @@ TRAINABLE = ("all", "decoder", "encoder")
 _DECODER, _ENCODER = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 
 Batches = Callable[[int], Tensor | tuple[Tensor, Tensor]]
-"""This process's images of a step: float32 [B, 3, Y, X] in [-1, 1]; for a head that names them
-also their labels, int64 [B, questions]."""
+"""Returns this process's images of a step: float32 [B, 3, Y, X] in [-1, 1]; for a head that names
+them also their labels, int64 [B, questions]."""
 
 
 @dataclass
@@ -86,11 +90,11 @@ class VQLossConfig:
     perceptual_linear: Path | None = None
     """File of LPIPS's weights per channel, if the file above has none."""
     adversarial: float = 0.0
-    """Weight of the discriminator's loss; 0: no discriminator."""
+    """Weight of the adversarial loss; 0: no discriminator."""
     adversarial_from: int = 0
     """The step at which the discriminator joins."""
     critic_layers: int = 3
-    """Convolutions of stride 2."""
+    """Convolutions of stride 2 of the discriminator."""
     critic_width: int = 64
     """Channels of the discriminator's first convolution."""
     critic_lr: float = 2e-4
@@ -152,7 +156,7 @@ class ImageTokenizerConfig:
         count_micro_batches(self.batch, self.micro_batch)
 
     def build(self) -> VQGAN:
-        """The network on its device, with random weights of the seed, or those of `start`."""
+        """The network on its device, with random weights from the seed, or those of `start`."""
         torch.manual_seed(self.run.seed)
         model = accelerate(VQGAN(self.model))
         if self.start:
@@ -164,13 +168,15 @@ class ImageTokenizerConfig:
     def task(
         self, model: VQGAN, batches: Batches, head: SemanticHead | None = None
     ) -> ImageTokenizerTask:
+        """The training of `model` on `batches` by this config."""
         micro_batches = count_micro_batches(self.batch, self.micro_batch)
         steps, trainable = self.run.steps, self.trainable
         return ImageTokenizerTask(model, self.loss, batches, steps, trainable, micro_batches, head)
 
 
-def check_terms(config: VQLossConfig) -> None:
-    """Refuse a perceptual term with missing files, before anything else is opened."""
+def check_perceptual_files(config: VQLossConfig) -> None:
+    """Raise `DataError` if a file of the perceptual term is missing. Recipes call this before they
+    open their data."""
     for name in ("perceptual_weights", "perceptual_linear") if config.perceptual else ():
         path = getattr(config, name)
         if path is not None and not path.is_file():
@@ -181,8 +187,8 @@ def check_terms(config: VQLossConfig) -> None:
 
 
 def check_trainable(trainable: str, start: str, loss: VQLossConfig) -> None:
-    """Refuse an unknown `trainable`, a part trained alone without a `start`, and terms of the loss
-    that are of another part."""
+    """Raise `SettingError` for an unknown `trainable`, a part that is trained alone without a
+    `start`, and loss terms that do not go with `trainable`."""
     if trainable not in TRAINABLE:
         raise SettingError(f"trainable={trainable!r} is unknown: choose {' or '.join(TRAINABLE)}")
     if trainable != "encoder" and (loss.match or loss.drawn < 1 or loss.first_level):
@@ -200,20 +206,21 @@ def check_trainable(trainable: str, start: str, loss: VQLossConfig) -> None:
 
 
 def count_micro_batches(batch: int, micro_batch: int) -> int:
-    """How many times per step this process computes `micro_batch` images (0: all)."""
-    process_count = processes.count()
-    at_once = process_count * max(1, micro_batch)
+    """How many times per step this process computes `micro_batch` images (0: all at once). Raises
+    `SettingError` if the `batch` of all processes cannot be divided so."""
+    num_processes = processes.count()
+    at_once = num_processes * max(1, micro_batch)
     if batch < 1 or micro_batch < 0 or batch % at_once:
         raise SettingError(
-            f"batch={batch} cannot be shared by {process_count} processes that compute "
+            f"batch={batch} cannot be shared by {num_processes} processes that compute "
             f"micro_batch={max(1, micro_batch)} at a time: choose a multiple of {at_once}"
         )
     return batch // at_once if micro_batch else 1
 
 
 def begin_with(model: VQGAN, start: str) -> VQGAN:
-    """Load the weights of an image tokenizer's run, a model folder or a hub id into the model.
-    Raises `CheckpointError` if there are none, or their shape differs."""
+    """Load weights into the model and return it. `start` is a run of an image tokenizer, a model
+    folder or a hub id. Raises `CheckpointError` if there are none, or their shape differs."""
     tensors = {name: tensor.float() for name, tensor in _weights_of(start).items()}
     try:
         model.load_state_dict(tensors)
@@ -237,22 +244,22 @@ def _weights_of(start: str) -> dict[str, Tensor]:
 
 
 def _is_trained(name: str, trainable: str, first_level: int) -> bool:
-    """Whether a parameter of the network learns."""
+    """Whether the parameter `name` of the network is trained."""
     if trainable == "encoder":
-        before = ("encoder.conv_in.", *(f"encoder.down.{n}." for n in range(first_level)))
-        return name.startswith(_ENCODER) and not (first_level and name.startswith(before))
+        frozen = ("encoder.conv_in.", *(f"encoder.down.{n}." for n in range(first_level)))
+        return name.startswith(_ENCODER) and not (first_level and name.startswith(frozen))
     return trainable == "all" or name.startswith(_DECODER)
 
 
-def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
+def _require_grad_of_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
     # torch 2.13 crashes on a CPU in the backward pass of a group norm in channels_last whose input
     # needs no gradient, as the output of frozen levels does not.
     if torch.is_grad_enabled():
         output.requires_grad_()
 
 
-class _Seen(NamedTuple):
-    """What `after` needs from a micro batch once its gradients are computed."""
+class _MicroBatchResult(NamedTuple):
+    """What `after` needs of a micro batch: images, reconstructions, latents and codes."""
 
     reals_BCYX: Tensor
     fakes_BCYX: Tensor
@@ -261,9 +268,13 @@ class _Seen(NamedTuple):
 
 
 class ImageTokenizerTask(Task):
-    """Trains a `VQGAN` on images (its units), the batch of a step in `micro_batches`. `trainable`
-    is "all", or "decoder" or "encoder" to leave the rest of the network as it is. `head` is trained
-    with the network if `config.naming` is not 0; the batches then have labels."""
+    """Trains a `VQGAN` on images; its units are images.
+
+    A run has `steps` steps, and the images of a step are computed in `micro_batches` parts.
+    `trainable` is "all", or "decoder" or "encoder" to train only that part. `head` is trained
+    together with the network if `config.naming` is not 0, and the batches then have labels. Raises
+    `SettingError` if `head` and `config` do not go together.
+    """
 
     def __init__(
         self,
@@ -289,40 +300,44 @@ class ImageTokenizerTask(Task):
                 f"to learn: give at most {levels - 1}"
             )
         self.model: VQGAN = model
-        self.config, self.steps, self._micro_batches = config, steps, micro_batches
+        self.config, self.steps, self._num_micro_batches = config, steps, micro_batches
         self._batches, self._trainable = batches, trainable
-        self._decoder_only = trainable == "decoder"
-        self._last_layer = model.decoder.conv_out.weight
-        self._device = device = self._last_layer.device
-        self._encoder_only = trainable == "encoder"
-        moves = config.codebook == "ema" and trainable == "all"
-        self._ema = _MovingCodebook(model, config.ema_decay) if moves else None
+        self._decoder_only, self._encoder_only = trainable == "decoder", trainable == "encoder"
+        self._last_weight = model.decoder.conv_out.weight
+        self._device = device = self._last_weight.device
+        has_ema = config.codebook == "ema" and trainable == "all"
+        self._ema = _EmaCodebook(model, config.ema_decay) if has_ema else None
         for name, parameter in model.named_parameters():
             if not _is_trained(name, trainable, config.first_level):
                 parameter.requires_grad_(False)
-        self._first_encoder: nn.Module | None = None  # that of the start, also after a resume
+        # The encoder that the run began with, for `match`. A resumed run builds it in the same way,
+        # before its checkpoint is loaded.
+        self._first_encoder: nn.Module | None = None
         if self._encoder_only and config.match:
             first = nn.Sequential(deepcopy(model.encoder), deepcopy(model.quant_conv))
             self._first_encoder = first.requires_grad_(False)
         if self._encoder_only and config.first_level:
-            below = cast("Level", model.encoder.down[config.first_level - 1])
-            below.downsample.register_forward_hook(_with_gradient)
+            last_frozen = cast("Level", model.encoder.down[config.first_level - 1])
+            last_frozen.downsample.register_forward_hook(_require_grad_of_output)
+        # How often each code was used lately: older uses count less and less.
         self._uses_K = torch.zeros(model.config.num_embeddings, device=device)
-        self._vgg, self._critic = _perceptual(config, device), _critic(config, model, device)
+        self._perceptual = _build_perceptual(config, device)
+        self._discriminator = _build_discriminator(config, model, device)
         self._mesh: DeviceMesh | None = None
         self._data_ranks = 1
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []
         perturbs = self._decoder_only and config.perturb > 0
         self._near_KN = nearest_codewords(model) if perturbs else None
-        self._seen: list[_Seen] = []
+        # Of the present step: micro batches still to be computed, and results of the others.
+        self._micro_batches: list[tuple[Tensor, Tensor | None]] = []
+        self._results: list[_MicroBatchResult] = []
 
     @property
     def micro_batches(self) -> int:
-        return self._micro_batches
+        return self._num_micro_batches
 
     @cached_property
     def flops_per_unit(self) -> float:
-        """Without the perceptual and the adversarial term."""
+        """Floating-point operations per image, without the perceptual and the adversarial term."""
         config = self.model.config
         with torch.device("meta"):
             model = VQGAN(config)
@@ -332,7 +347,8 @@ class ImageTokenizerTask(Task):
             encoder = counter.get_total_flops()
             model.decoder(model.post_quant_conv(model.embed(codes)))  # type: ignore[misc]
         whole = counter.get_total_flops()
-        # A backward pass takes twice what its forward pass does, half of it without weights.
+        # A backward pass takes twice the operations of its forward pass, and as many as its forward
+        # pass where no weights are trained.
         if self._encoder_only:
             decoder = 2 * (whole - encoder) * self.config.drawn
             return float((4 if self._first_encoder is not None else 3) * encoder + decoder)
@@ -341,14 +357,14 @@ class ImageTokenizerTask(Task):
     def distribute(
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
     ) -> None:
-        """Each of several processes holds a copy; `compiled` compiles the network."""
+        """Each of several processes keeps a copy of the network; `compiled` compiles it."""
         if config.tensor > 1:
             raise SettingError(
                 f"tensor={config.tensor} cannot split an image tokenizer: leave it at 1"
             )
         self._mesh, self._data_ranks = mesh, parallel.data_rank(mesh)[1]
         for module in self.model.modules() if compiled else ():
-            # The last layer stays uncompiled: `weight_of` needs the gradients of its weight.
+            # The last layer stays uncompiled: `adaptive_weight` needs the gradients of its weight.
             if isinstance(module, Level):
                 module.compile()
 
@@ -357,36 +373,23 @@ class ImageTokenizerTask(Task):
         return iter([*trained, *(self.head.parameters() if self.head is not None else ())])
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        if not self._waiting:
+        if not self._micro_batches:
             self._fetch(step)
-        (x, labels), cfg = self._waiting.pop(0), self.config
+        (images, labels), cfg = self._micro_batches.pop(0), self.config
         # Without this ramp the codebook collapses onto a few codewords.
         share = 1.0 if self._encoder_only else min(1.0, step / max(1, cfg.ramp_steps))
         blend = torch.tensor(share, device=self._device)
         if self._decoder_only:
-            out = self._decoded(x)
+            out = self._forward_decoder(images)
         else:
-            out = self._encoded(x) if self._encoder_only else self.model(x, blend)
-        pixels, whole = out.pixels.float(), x
-        x = x[: len(pixels)]
-        self._seen.append(_Seen(x, pixels.detach(), *_vectors(out)))
-        l2 = F.mse_loss(pixels, x)
-        metrics = {"psnr": 10 * torch.log10(4 / l2.detach())}  # pixels have a range of 2
-        with torch.no_grad():
-            metrics["ssim"] = ssim(pixels.clamp(-1, 1), x).mean()
-        total = cfg.l1 * F.l1_loss(pixels, x) + cfg.l2 * l2
-        if self._vgg is not None:
-            metrics["perceptual"] = self._vgg(pixels, x)
-            total = total + cfg.perceptual * metrics["perceptual"]
-        if self._critic is not None and step >= cfg.adversarial_from:
-            metrics["fooled"] = self._critic.fooled(pixels)
-            weight = cfg.adversarial * weight_of(total, metrics["fooled"], self._last_layer)
-            total = total + weight * metrics["fooled"]
+            out = self._forward_encoder(images) if self._encoder_only else self.model(images, blend)
+        metrics: dict[str, Tensor] = {}
+        total = self._pixel_loss(out, images, step, metrics)
         if not self._decoder_only:
             total = total + self._codebook_loss(out, blend, metrics)
         if self._first_encoder is not None:
             with torch.no_grad():
-                before = self._first_encoder(whole).float()
+                before = self._first_encoder(images).float()
             metrics["match"] = F.mse_loss(out.latents.float(), before) / before.var()
             total = total + cfg.match * metrics["match"]
         if self.head is not None and labels is not None:
@@ -396,13 +399,34 @@ class ImageTokenizerTask(Task):
             total = total + cfg.naming * metrics["naming"]
         metrics = {name: value.detach() for name, value in metrics.items()}
         metrics |= self._usage(out.codes)
-        return total / (self._micro_batches * self._data_ranks), metrics, float(len(whole))
+        return total / (self._num_micro_batches * self._data_ranks), metrics, float(len(images))
+
+    def _pixel_loss(
+        self, out: Quantized, images: Tensor, step: int, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """The terms that compare the decoded images with the originals. Adds to `metrics`."""
+        cfg, pixels = self.config, out.pixels.float()
+        x = images[: len(pixels)]  # with `drawn`, only the first images are decoded
+        self._results.append(_MicroBatchResult(x, pixels.detach(), *_vectors(out)))
+        l2 = F.mse_loss(pixels, x)
+        metrics["psnr"] = 10 * torch.log10(4 / l2.detach())  # pixels have a range of 2
+        with torch.no_grad():
+            metrics["ssim"] = ssim(pixels.clamp(-1, 1), x).mean()
+        total = cfg.l1 * F.l1_loss(pixels, x) + cfg.l2 * l2
+        if self._perceptual is not None:
+            metrics["perceptual"] = self._perceptual(pixels, x)
+            total = total + cfg.perceptual * metrics["perceptual"]
+        if self._discriminator is not None and step >= cfg.adversarial_from:
+            metrics["fooled"] = self._discriminator.adversarial_loss(pixels)
+            weight = adaptive_weight(total, metrics["fooled"], self._last_weight)
+            total = total + cfg.adversarial * weight * metrics["fooled"]
+        return total
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
-        seen, self._seen = self._seen, []
-        vectors_NC = torch.cat([micro.vectors_NC for micro in seen])
-        codes_N = torch.cat([micro.codes_N for micro in seen])
+        results, self._results = self._results, []
+        vectors_NC = torch.cat([result.vectors_NC for result in results])
+        codes_N = torch.cat([result.codes_N for result in results])
         if self._ema is not None:
             self._ema.update(vectors_NC, codes_N, self._mesh)
         revives = step % self.config.revive_every == 0 and self._trainable == "all"
@@ -411,18 +435,19 @@ class ImageTokenizerTask(Task):
         self._uses_K *= 1 - 1 / self.config.revive_every  # forgets over about that many steps
         uses_K = torch.bincount(codes_N, minlength=len(self._uses_K))
         self._uses_K += parallel.data_sum(uses_K, self._mesh)
-        if self._critic is None or step < self.config.adversarial_from:
+        if self._discriminator is None or step < self.config.adversarial_from:
             return {}
-        # The critic learns from the images that were decoded before this step changed the decoder.
-        pairs = ((micro.reals_BCYX, micro.fakes_BCYX) for micro in seen)
-        return {"critic": self._critic.learn(pairs, 1 / self._micro_batches, self._mesh)}
+        # On the images that were decoded before this step changed the decoder.
+        pairs = ((result.reals_BCYX, result.fakes_BCYX) for result in results)
+        share = 1 / self._num_micro_batches
+        return {"critic": self._discriminator.train_step(pairs, share, self._mesh)}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors: dict[str, Any] = {"uses": self._uses_K}
         if self._ema is not None:
             tensors |= {"ema_count": self._ema.count_K, "ema_sum": self._ema.sum_KC}
-        if self._critic is not None:
-            tensors |= {"critic": self._critic.state_dict()}
+        if self._discriminator is not None:
+            tensors |= {"critic": self._discriminator.state_dict()}
         if self.head is not None:
             tensors |= {"head": self.head.state_dict()}
         settings = {k: str(v) for k, v in vars(self.config).items()}
@@ -441,36 +466,38 @@ class ImageTokenizerTask(Task):
                 f"the run began without {' and '.join(sorted(missing))}: give the same loss terms "
                 "or another out folder"
             )
-        self._waiting, self._seen = [], []
+        self._micro_batches, self._results = [], []
         self._uses_K.copy_(tensors["uses"])
         if self._ema is not None:
             self._ema.count_K.copy_(tensors["ema_count"])
             self._ema.sum_KC.copy_(tensors["ema_sum"])
-        if self._critic is not None:
-            self._critic.load_state_dict(tensors["critic"])
+        if self._discriminator is not None:
+            self._discriminator.load_state_dict(tensors["critic"])
         if self.head is not None:
             self.head.load_state_dict(tensors["head"])
 
     def _fetch(self, step: int) -> None:
-        """The images of a step as micro batches, with their labels if any."""
-        batch = self._batches(step)
+        """Split the images of a step, and their labels if any, into micro batches."""
+        batch, count = self._batches(step), self._num_micro_batches
         pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
-        x = pixels.to(self._device, non_blocking=True)
-        whole = x.contiguous(memory_format=torch.channels_last).chunk(self._micro_batches)
-        known = labels.to(self._device).chunk(self._micro_batches) if labels is not None else None
-        self._waiting = list(zip(whole, known or [None] * len(whole), strict=True))
-        self._seen = []
+        pixels = pixels.to(self._device, non_blocking=True)
+        images = pixels.contiguous(memory_format=torch.channels_last).chunk(count)
+        labels_of = labels.to(self._device).chunk(count) if labels is not None else None
+        self._micro_batches = list(zip(images, labels_of or [None] * len(images), strict=True))
+        self._results = []
 
-    def _decoded(self, x_BCYX: Tensor) -> Quantized:
-        """The decoder's images of exact codes; the encoder runs in fp32."""
+    def _forward_decoder(self, images_BCYX: Tensor) -> Quantized:
+        """The forward pass with only the decoder trained. The encoder runs in fp32, so that the
+        codes are those of inference."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            latents = self.model.latents(x_BCYX)
+            latents = self.model.latents(images_BCYX)
             codes = self.model.nearest_codes(latents)
-        decoded = self.model.decode(self._perturbed(codes))
+        decoded = self.model.decode(self._perturb(codes))
         return Quantized(decoded, latents, self.model.embed(codes), codes)
 
-    def _encoded(self, x_BCYX: Tensor) -> Quantized:
-        """The codewords of all images, and the decoded images of the first `drawn` of them."""
+    def _forward_encoder(self, x_BCYX: Tensor) -> Quantized:
+        """The forward pass with only the encoder trained: all images are encoded, and the share
+        `drawn` of them, the first ones, are decoded."""
         latents = self.model.latents(x_BCYX)
         with torch.autocast(self._device.type, enabled=False):
             codes = self.model.nearest_codes(latents.detach().float())
@@ -479,16 +506,17 @@ class ImageTokenizerTask(Task):
         through = latents[:count] + (nearest - latents)[:count].detach()
         return Quantized(self.model.pixels(through), latents, nearest, codes)
 
-    def _perturbed(self, codes: Tensor) -> Tensor:
-        """The codes, a share of them replaced by one of their nearest others."""
+    def _perturb(self, codes: Tensor) -> Tensor:
+        """The codes, of which the share `perturb` is replaced by one of the nearest codes."""
         if self._near_KN is None:
             return codes
-        pick = torch.randint(self._near_KN.shape[1], codes.shape, device=codes.device)
-        wrong = torch.rand(codes.shape, device=codes.device) < self.config.perturb
-        return torch.where(wrong, self._near_KN[codes, pick], codes)
+        chosen = torch.randint(self._near_KN.shape[1], codes.shape, device=codes.device)
+        is_replaced = torch.rand(codes.shape, device=codes.device) < self.config.perturb
+        return torch.where(is_replaced, self._near_KN[codes, chosen], codes)
 
     def _codebook_loss(self, out: Quantized, blend: Tensor, metrics: dict[str, Tensor]) -> Tensor:
-        """Pulls latents to codewords, and codewords that have gradients to latents."""
+        """Pulls latents to codewords, and codewords that learn by gradient to latents. Adds to
+        `metrics`."""
         latents, nearest = out.latents.float(), out.nearest.float()
         metrics["commit"] = F.mse_loss(latents, nearest.detach())
         total = self.config.commitment * blend * metrics["commit"]
@@ -497,57 +525,64 @@ class ImageTokenizerTask(Task):
         return total + F.mse_loss(nearest, latents.detach())
 
     def _usage(self, codes: Tensor) -> dict[str, Tensor]:
-        """Over the last steps: perplexity, and the share of codes used at least once."""
+        """Use of the codebook over the last steps: perplexity, and the share of codes that were
+        used about once or more; and the number of different codes in this micro batch."""
         in_batch = torch.tensor(float(codes.unique().numel()))
         used = (self._uses_K >= 1).float().mean()
         return {"perplexity": perplexity(self._uses_K), "usage": used, "codes_in_batch": in_batch}
 
     def _revive(self, vectors_NC: Tensor) -> None:
-        """Move codewords that were rarely used lately onto latents of this batch."""
-        dead_K = (self._uses_K < 1.0).nonzero().flatten()
-        pick = torch.randint(len(vectors_NC), (len(dead_K),), device=vectors_NC.device)
-        fresh = vectors_NC[pick]
-        if self._mesh is not None:  # the first process chooses
-            fresh = parallel.data_sum(fresh * float(processes.rank() == 0), self._mesh)
+        """Move codewords that were rarely used lately onto random latents of this batch."""
+        unused = (self._uses_K < 1.0).nonzero().flatten()
+        chosen = torch.randint(len(vectors_NC), (len(unused),), device=vectors_NC.device)
+        new_codewords = vectors_NC[chosen]
+        if self._mesh is not None:  # the first process chooses for all
+            is_first = float(processes.rank() == 0)
+            new_codewords = parallel.data_sum(new_codewords * is_first, self._mesh)
         weight = self.model.quantize.embedding.weight
-        weight[dead_K] = fresh.to(weight.dtype)
+        weight[unused] = new_codewords.to(weight.dtype)
         if self._ema is not None:
-            self._ema.restart(dead_K, fresh)
+            self._ema.restart(unused, new_codewords)
 
 
-def _perceptual(config: VQLossConfig, device: torch.device) -> Perceptual | None:
+def _build_perceptual(config: VQLossConfig, device: torch.device) -> Perceptual | None:
     if not config.perceptual or config.perceptual_weights is None:
         return None
     return Perceptual(config.perceptual_weights, config.perceptual_linear, device)
 
 
-def _critic(config: VQLossConfig, model: VQGAN, device: torch.device) -> Critic | None:
+def _build_discriminator(
+    config: VQLossConfig, model: VQGAN, device: torch.device
+) -> Discriminator | None:
     if not config.adversarial:
         return None
     check_side(config.critic_layers, model.config.resolution)
-    return Critic(config.critic_layers, config.critic_width, config.critic_lr, device)
+    return Discriminator(config.critic_layers, config.critic_width, config.critic_lr, device)
 
 
 def nearest_codewords(model: VQGAN, count: int = 8) -> Tensor:
-    """The `count` codewords nearest to each, without itself: int64 [K, count]."""
+    """The codes of the `count` codewords that are nearest to each codeword, the nearest first and
+    without itself: int64 [K, count]."""
     weight_KC = model.quantize.embedding.weight.detach().float()
     distances = torch.cdist(weight_KC, weight_KC).fill_diagonal_(torch.inf)
     return distances.argsort(1)[:, :count]
 
 
 def _vectors(out: Quantized) -> tuple[Tensor, Tensor]:
+    """All latents as vectors, fp32 [N, C], and their codes, [N]."""
     vectors_NC = out.latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
     return vectors_NC, out.codes.flatten()
 
 
 def perplexity(uses_K: Tensor) -> Tensor:
-    """e to the entropy of the use: this many codes, used evenly, would have the same entropy."""
+    """e to the entropy of the use of codes: as many codes, used evenly, have the same entropy."""
     share_K = uses_K / uses_K.sum().clamp_min(1)
     return (-(share_K * share_K.clamp_min(1e-10).log()).sum()).exp()
 
 
-class _MovingCodebook:
-    """Codewords as running means of the latents nearest to them."""
+class _EmaCodebook:
+    """Codewords as exponential moving averages of the latents nearest to them (van den Oord et al.
+    2017, appendix A.1)."""
 
     def __init__(self, model: VQGAN, decay: float) -> None:
         self._weight_KC = model.quantize.embedding.weight
@@ -565,15 +600,19 @@ class _MovingCodebook:
         mean = self.sum_KC / self.count_K.clamp_min(1e-5).unsqueeze(1)
         self._weight_KC.copy_(torch.where(self.count_K.unsqueeze(1) > 1e-3, mean, self._weight_KC))
 
-    def restart(self, which: Tensor, vectors_NC: Tensor) -> None:
-        self.count_K[which] = 1.0
-        self.sum_KC[which] = vectors_NC
+    def restart(self, codes: Tensor, vectors_NC: Tensor) -> None:
+        """Begin the averages of these codes again, at these vectors."""
+        self.count_K[codes] = 1.0
+        self.sum_KC[codes] = vectors_NC
 
 
 class HeldOut:
-    """Measures and decodes images that the network is not trained on (`trainer.GenerateSamples`).
-    `images_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above their
-    reconstructions; the figures are means over all images, in fp32."""
+    """Reconstructs images that the network is not trained on, `batch` at a time, and measures the
+    result in fp32. It is a `trainer.GenerateSamples`.
+
+    `images_BCYX` are on the CPU, in [-1, 1]. The first `shown` of them are written as a grid, with
+    the originals above their reconstructions; the metrics are means over all images.
+    """
 
     def __init__(self, model: VQGAN, images_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:
         self._model, self._images_BCYX = model, images_BCYX
@@ -584,23 +623,22 @@ class HeldOut:
             return {}
         device = self._model.quantize.embedding.weight.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self._checked(folder / f"step-{step:08d}.png", device)
+            return self._reconstruct(folder / f"step-{step:08d}.png", device)
 
-    def _checked(self, grid: Path, device: torch.device) -> dict[str, float]:
+    def _reconstruct(self, grid: Path, device: torch.device) -> dict[str, float]:
         uses_K = torch.zeros(self._model.config.num_embeddings, device=device)
-        quality, rows = [], []
-        for x in self._images_BCYX.split(self._batch):
-            pixels = x.to(device)
+        scores: list[Tensor] = []
+        shown: list[list[PIL.Image.Image]] = []
+        for batch in self._images_BCYX.split(self._batch):
+            pixels = batch.to(device)
             codes = self._model.encode(pixels)
             decoded = self._model.decode(codes).float().clamp(-1, 1)
             uses_K += torch.bincount(codes.flatten(), minlength=len(uses_K))
-            quality.append(torch.stack((psnr(decoded, pixels), ssim(decoded, pixels)), 1).cpu())
-            rows.append(decoded.cpu())
-        decoded = torch.cat(rows[: -(-self._shown // self._batch)])
-        pairs = zip(self._images_BCYX[: self._shown], decoded, strict=False)
-        columns = [[to_image(x), to_image(y)] for x, y in pairs]
-        save_grid(grid, columns)
-        mean_psnr, mean_ssim = torch.cat(quality).mean(0).tolist()
+            scores.append(torch.stack((psnr(decoded, pixels), ssim(decoded, pixels)), 1).cpu())
+            for pair in zip(batch[: self._shown - len(shown)], decoded, strict=False):
+                shown.append([to_image(image) for image in pair])
+        save_grid(grid, shown)
+        mean_psnr, mean_ssim = torch.cat(scores).mean(0).tolist()
         return {
             "held_out_psnr": mean_psnr,
             "held_out_ssim": mean_ssim,

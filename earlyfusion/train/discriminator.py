@@ -1,8 +1,8 @@
-"""The adversary of an image tokenizer: a patch discriminator with hinge loss (Esser et al. 2021).
+"""The discriminator of the image tokenizer: it scores patches, with hinge loss (Esser et al. 2021).
 
-The network of Isola et al. 2017: `layers` convolutions of stride 2, then two of stride 1. With
-group norms, an image's score depends neither on the rest of the batch nor on the number of
-processes.
+The network is that of Isola et al. 2017: `layers` convolutions of stride 2, then two of stride 1.
+It has group norms, so that the score of an image depends neither on the other images of its batch
+nor on the number of processes. Images are float32 [B, 3, Y, X] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
 
-class Critic:
-    """Scores each patch of an image: high for real ones, low for reconstructions."""
+class Discriminator:
+    """Scores each patch of an image: high for real images, low for reconstructions. `width` is the
+    number of channels of its first convolution, `lr` its learning rate."""
 
-    def __init__(self, layers: int, width: int, rate: float, device: torch.device) -> None:
-        self.net = _discriminator(layers, width).to(device)
-        self._adam = torch.optim.Adam(self.net.parameters(), rate, betas=(0.5, 0.9), fused=True)
+    def __init__(self, layers: int, width: int, lr: float, device: torch.device) -> None:
+        self.net = _network(layers, width).to(device)
+        self._adam = torch.optim.Adam(self.net.parameters(), lr, betas=(0.5, 0.9), fused=True)
         allocate_moments(self._adam)
 
-    def fooled(self, fakes_BCYX: Tensor) -> Tensor:
-        """The adversarial loss of the image tokenizer: low where reconstructions score high."""
+    def adversarial_loss(self, fakes_BCYX: Tensor) -> Tensor:
+        """The loss of the image tokenizer: low where its reconstructions score high."""
         return -self.net(fakes_BCYX).mean()
 
-    def learn(
+    def train_step(
         self,
         pairs: Iterable[tuple[Tensor, Tensor]],
         share: float,
         mesh: DeviceMesh | None,
     ) -> float:
-        """One step on (real, reconstructed) batches, each loss weighted by `share`; the loss."""
+        """Train one step on (real, reconstructed) batches, of which each loss is weighted by
+        `share`. Returns the sum of these losses, of this process."""
         self._adam.zero_grad(set_to_none=True)
         total = 0.0
         with torch.enable_grad():
@@ -57,23 +59,25 @@ class Critic:
         return {"net": self.net.state_dict(), "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; only its tensors survive in shards."""
+        """Restore what `state_dict` returned. A checkpoint in shards has only its tensors."""
         self.net.load_state_dict(state["net"])
-        groups = self._adam.state_dict()["param_groups"]  # settings: not in shards
+        groups = self._adam.state_dict()["param_groups"]  # settings, which shards do not have
         moments = {int(number): value for number, value in state["adam"]["state"].items()}
         self._adam.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def weight_of(others: Tensor, fooled: Tensor, last: Tensor) -> Tensor:
-    """The weight of the adversarial term (Esser et al. 2021, eq. 7). It gives the term's gradient
-    at the weight `last` of the last layer the norm of the other terms'."""
-    (other_gradient,) = torch.autograd.grad(others, last, retain_graph=True)
-    (gradient,) = torch.autograd.grad(fooled, last, retain_graph=True)
+def adaptive_weight(others: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
+    """The weight of the adversarial loss (Esser et al. 2021, eq. 7). With it, the gradient of this
+    loss with respect to the weight of the decoder's last layer, `last_weight`, has the same norm as
+    that of all `others`."""
+    (other_gradient,) = torch.autograd.grad(others, last_weight, retain_graph=True)
+    (gradient,) = torch.autograd.grad(adversarial, last_weight, retain_graph=True)
     return (other_gradient.norm() / (gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 def check_side(layers: int, side: int) -> None:
-    """Refuse images that are too small for this many convolutions of stride 2."""
+    """Raise `SettingError` if images of `side` pixels are too small for this many convolutions of
+    stride 2."""
     if layers < 1 or side // 2**layers < 3:
         raise SettingError(
             f"critic_layers={layers} is not possible for images of {side} pixels: give 1 to "
@@ -81,7 +85,7 @@ def check_side(layers: int, side: int) -> None:
         )
 
 
-def _discriminator(layers: int, width: int) -> nn.Sequential:
+def _network(layers: int, width: int) -> nn.Sequential:
     modules: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
     inputs = width
     for depth in range(1, layers + 1):
