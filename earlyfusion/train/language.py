@@ -32,13 +32,13 @@ from earlyfusion.train.trainer import RunConfig
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
-# Positions whose logits are computed at a time on a CPU: so many fit into its cache.
+# Positions whose logits are computed at a time on a CPU: few enough for its cache.
 _CPU_BLOCK = 256
 
 
 @dataclass
 class LanguageConfig:
-    """The fields that all trainings on packed rows of a corpus share."""
+    """The fields that all trainings on packed rows of a corpus share. Raises `SettingError`."""
 
     rows: int = 1
     """Rows of a step, over all processes."""
@@ -69,26 +69,29 @@ class LanguageConfig:
 
     @property
     def notes(self) -> Path:
+        """Where this process writes about its data."""
         return notes_folder(self.run.out)
 
     def shape(self) -> ModelConfig:
-        """The shape of the model to be trained. Raises `SettingError` if it is not known."""
+        """The config of the model to be trained. Raises `SettingError` if it is not known."""
         raise SettingError(
             f"{type(self).__name__} does not say what model it trains: define its shape()"
         )
 
     def job(self) -> Job:
-        """The input of `earlyfusion train RECIPE --plan`."""
+        """The input of `earlyfusion train RECIPE --plan`. Raises `SettingError` if the shape of the
+        model is not known."""
         job = job_of(self.shape(), self.run, self.rows, self.length, self.dropout)
         return replace(job, micro_rows=self.micro_rows)
 
     def task(self, model: Transformer, stream: Stream, length: int, pad: int) -> LanguageTask:
+        """The training of `model` on rows of `length` tokens, packed from `stream`."""
         packer = Packer(stream, self.weights, self.rows, length, pad)
         return LanguageTask(model, packer, self.z_weight, self.micro_rows)
 
 
 def job_of(shape: ModelConfig, run: RunConfig, rows: int, length: int, dropout: float) -> Job:
-    """The plan of a run that trains all weights. A `length` of 0 is the model's context."""
+    """The input of `--plan` for a run that trains all weights. `length` 0: the model's context."""
     length = length or shape.max_position_embeddings
     return Job(
         model=shape,
@@ -103,14 +106,15 @@ def job_of(shape: ModelConfig, run: RunConfig, rows: int, length: int, dropout: 
 
 
 class Transfer(Protocol):
-    """Copies batches to a device: `send` begins it in another thread, `receive` ends it."""
+    """Copies batches to a device. `send` starts the copy, in the thread that packs; `receive` makes
+    the batch usable, in the thread that trains."""
 
     def send(self, batch: PackedBatch) -> PackedBatch: ...
     def receive(self, batch: PackedBatch) -> PackedBatch: ...
 
 
 class CopyStream:
-    """Copies from pinned memory to a GPU on a separate stream, while the GPU computes."""
+    """Copies batches from pinned memory to a GPU on a separate stream, while the GPU computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -126,15 +130,15 @@ class CopyStream:
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_event(self._done)
         for tensor in batch:
-            # Its memory belongs to the side stream, which must not reuse it too early.
+            # Its memory belongs to the copy stream, which must not reuse it too early.
             tensor.record_stream(current)
         return batch
 
 
 class BatchPrefetcher:
     """The batches of a packer, each packed and sent to the device while the previous one is
-    computed. `cursor` is that of the packer after the last batch handed out; a batch that is only
-    prepared does not count."""
+    computed. `cursor` is the number of the first document after the last batch that was returned; a
+    batch that is only prepared does not count."""
 
     def __init__(self, packer: Rows, transfer: Transfer) -> None:
         self.cursor = packer.cursor
@@ -144,14 +148,14 @@ class BatchPrefetcher:
 
     def next(self) -> PackedBatch:
         future = self._next or self._pool.submit(self._prepare)
-        self._next = None  # if the result is an error, it is raised only once
+        self._next = None  # so that an error is raised only once
         batch, self.cursor = future.result()
         batch = self._transfer.receive(batch)
         self._next = self._pool.submit(self._prepare)
         return batch
 
     def seek(self, cursor: int) -> None:
-        """Continue with another document, dropping what is prepared."""
+        """Continue with document `cursor`, dropping the batch that is prepared."""
         if self._next is not None:
             wait([self._next])
         self._next = None
@@ -163,9 +167,12 @@ class BatchPrefetcher:
 
 
 class LanguageTask(Task):
-    """Next-token prediction over text and image tokens alike; its units are tokens. The packer's
-    rows are those of a whole step, over all processes. `micro_rows` of them go through the network
-    at a time (0: all that this process has)."""
+    """Next-token prediction over text and image tokens alike; its units are tokens.
+
+    The rows of `packer` are those of a whole step, over all processes. Each process computes
+    `micro_rows` of them at a time (0: all that it has). Raises `SettingError` if the rows cannot be
+    divided so.
+    """
 
     def __init__(
         self, model: Transformer, packer: Rows, z_weight: float = 1e-5, micro_rows: int = 0
@@ -200,7 +207,8 @@ class LanguageTask(Task):
     def distribute(
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
     ) -> None:
-        """Put the model on the mesh, if there is one, and keep only this process's rows."""
+        """Shard the model over the mesh, if there is one, and keep only this process's rows. Raises
+        `SettingError` if the rows or their tokens cannot be divided so."""
         share = parallel.data_rank(mesh)
         self._check_rows(share[1])
         if self._packer.length % config.tensor:
@@ -219,7 +227,7 @@ class LanguageTask(Task):
             self._fetch()
         batch = self._micro_batches.pop(0)
         loss = self._loss_of(batch)
-        # `head_loss` is a mean over the micro batch: scale it by its share of the step's weight.
+        # The loss is a mean over the micro batch: scale it by its share of the step's weight.
         share = batch.weight_BT.sum().clamp_min(1e-8) / self._step_weight
         counted_BT = batch.weight_BT > 0
         metrics = {
@@ -242,21 +250,23 @@ class LanguageTask(Task):
 
     @torch.no_grad()
     def measure(self, documents: Sequence[TokenSequence]) -> dict[str, float]:
-        """Mean nats per token of the answers, weighted as in training, and by modality. All
-        processes call it with the same documents, and each computes its share."""
-        device = next(self.model.parameters()).device
-        sums = torch.zeros(2, 2, device=device)  # text, image x nats, weight
+        """`validation_loss`: the mean loss in nats per token of these documents, weighted as in
+        training; and the same for text and for images alone, where there are any. All processes
+        call it with the same documents, and each computes its share. Raises `SettingError` for rows
+        made on the device."""
         if not isinstance(self._packer, Packer):
             raise SettingError(
                 "rows that are put together on the device cannot hold out documents: leave out "
                 "validation= and validation_data="
             )
+        device = next(self.model.parameters()).device
+        sums = torch.zeros(2, 2, device=device)  # rows: text, image; columns: nats, weight
         for batch in self._packer.batches(documents, self._micro_rows or 1):
             batch = batch.to(device)
             weighted_BT = self._loss_of(batch).nats_BT * batch.weight_BT
-            for row, modality_BT in enumerate((~batch.image_BT, batch.image_BT)):
-                sums[row, 0] += (weighted_BT * modality_BT).sum()
-                sums[row, 1] += (batch.weight_BT * modality_BT).sum()
+            for row, is_counted_BT in enumerate((~batch.image_BT, batch.image_BT)):
+                sums[row, 0] += (weighted_BT * is_counted_BT).sum()
+                sums[row, 1] += (batch.weight_BT * is_counted_BT).sum()
         sums = parallel.data_sum(sums, self._mesh)
         names = ("validation_text_nats", "validation_image_nats")
         means = {n: float(nats / w) for n, (nats, w) in zip(names, sums, strict=True) if w > 0}
@@ -293,10 +303,9 @@ class LanguageTask(Task):
         return self._prefetcher.next()
 
     def _measure_norm(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        """The norm of the last block's output, whose growth is an early sign of divergence."""
-        x_BTD = inputs[0].detach()
-        local = x_BTD.to_local() if hasattr(x_BTD, "to_local") else x_BTD
-        self._output_norm = local.float().norm(dim=-1).mean()
+        """The mean norm of the last block's output: its growth is an early sign of divergence."""
+        x_BTD = parallel.local_shard(inputs[0].detach())
+        self._output_norm = x_BTD.float().norm(dim=-1).mean()
 
     def _check_rows(self, data_ranks: int) -> None:
         rows, micro_rows = self._packer.rows, max(1, self._micro_rows)
@@ -308,6 +317,7 @@ class LanguageTask(Task):
             )
 
 
-def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen values, NaN without any; an index would wait for the device."""
-    return torch.where(chosen, values, 0).sum() / chosen.sum()
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the values where `mask` is true; NaN if it never is."""
+    # Not `values[mask].mean()`, which would wait for the device.
+    return torch.where(mask, values, 0).sum() / mask.sum()

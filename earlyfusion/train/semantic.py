@@ -1,14 +1,14 @@
-"""A head that names what quantised latents show. It trains the image tokenizer and is then dropped.
+"""A classification head that names what quantised latents show. It is trained together with the
+image tokenizer, and is not part of it: files and speed of the VQ-GAN do not change.
 
-With reconstruction alone, two images of the same thing may have entirely different codes. If a
-head has to name from the codewords what the image shows, the codes carry this, and a transformer
-that reads them learns names faster. (UniTok, arXiv 2502.20321, and VILA-U, arXiv 2409.04429,
-contrast images with captions; here names are few, so a class per name is enough.) The head's
-gradient passes the codewords straight through to the encoder. The head is not part of the VQ-GAN,
-whose files and speed do not change.
+With reconstruction alone, two images of the same thing may have entirely different codes. If a head
+must name from the codewords what the image shows, the codes hold this information, and a
+transformer that reads them learns names faster. (UniTok, arXiv 2502.20321, and VILA-U, arXiv
+2409.04429, contrast images with captions; here names are few, so a class per name is enough.) The
+gradient of the head passes straight through the codewords to the encoder.
 """
 
-# Shapes: B batch, C channels, y x in codes, L labels.
+# Shapes: B batch, C channels, y x codes of an image, L questions.
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SMOOTHING = 0.1
+_SMOOTHING = 0.1  # label smoothing
 UNKNOWN = -100
-"""A label that is ignored."""
+"""A label that does not count in the loss."""
 
 
 class SemanticHead(nn.Module):
-    """From quantised latents to the logits of several questions, each with its number of answers.
-    Convolutions of stride 2 down to 4 x 4, their mean, and one linear layer per question."""
+    """Answers several questions (what is shown, of which kind, ...) about an image of `grid` x
+    `grid` codes. `answers` has the number of possible answers to each question.
+
+    Convolutions of stride 2 down to about 4 x 4, their mean, and one linear layer per question.
+    """
 
     def __init__(self, channels: int, grid: int, answers: Sequence[int], width: int = 256) -> None:
         super().__init__()
-        halvings = max(1, (grid // 4).bit_length() - 1)
-        widths = [channels, *[width] * (halvings + 1)]
+        num_strided = max(1, (grid // 4).bit_length() - 1)
+        widths = [channels, *[width] * (num_strided + 1)]
         layers: list[nn.Module] = []
         for depth, (inputs, outputs) in enumerate(pairwise(widths)):
             stride = 1 if depth == 0 else 2
@@ -44,19 +47,19 @@ class SemanticHead(nn.Module):
         self.questions = nn.ModuleList(nn.Linear(2 * width, count) for count in answers)
 
     def forward(self, latents_BCyx: Tensor) -> list[Tensor]:
-        """Logits [B, answers] of each question."""
-        states_BC = self.body(latents_BCyx).mean((2, 3))
-        return [question(states_BC) for question in self.questions]
+        """The logits [B, answers] of each question."""
+        features_BC = self.body(latents_BCyx).mean((2, 3))
+        return [question(features_BC) for question in self.questions]
 
 
 def naming_loss(logits: Sequence[Tensor], labels_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy over the questions, and how often the first is answered correctly.
-    Labels that are `UNKNOWN` do not count; if none counts, both are 0."""
+    """The mean cross-entropy over the questions, and the accuracy in the first of them. Labels that
+    are `UNKNOWN` do not count; if none counts, both are 0."""
     losses = [
         F.cross_entropy(x.float(), y, ignore_index=UNKNOWN, label_smoothing=_SMOOTHING)
         for x, y in zip(logits, labels_BL.unbind(1), strict=True)
     ]
     known_B = labels_BL[:, 0] != UNKNOWN
-    right_B = (logits[0].detach().argmax(1) == labels_BL[:, 0]) & known_B
-    share = right_B.sum() / known_B.sum().clamp_min(1)
-    return torch.stack([loss.nan_to_num() for loss in losses]).mean(), share
+    correct_B = (logits[0].detach().argmax(1) == labels_BL[:, 0]) & known_B
+    accuracy = correct_B.sum() / known_B.sum().clamp_min(1)
+    return torch.stack([loss.nan_to_num() for loss in losses]).mean(), accuracy

@@ -1,5 +1,5 @@
-"""What a run trains: the interface between the loop in `train/trainer.py` and a network. A new kind
-of training is one more subclass of `Task` with a `model` and a `loss`."""
+"""The interface between the training loop (`train/trainer.py`) and a network. A new kind of
+training is a subclass of `Task` with a `model` and a `loss`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """A network, its data, and the parts of both that a checkpoint must hold."""
+    """A network, its data and its loss, and the state of them that a checkpoint must hold."""
 
     model: nn.Module
     progress: float = 0.0
     """The share of the run that is done, set by the loop before each step."""
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        """The loss of a micro batch, figures to log, and its number of units (tokens or images).
+        """The loss of a micro batch, metrics to log, and its number of units (tokens or images).
         The losses of all micro batches and all data ranks add up to the loss of the step."""
         raise NotImplementedError
 
@@ -41,7 +41,8 @@ class Task:
 
     @property
     def frozen_fingerprint(self) -> str:
-        """`fingerprint` of the frozen weights that checkpoints omit; "" to save all."""
+        """The `checkpoint.fingerprint` of frozen weights, which checkpoints then omit; "" to save
+        all weights."""
         return ""
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -52,7 +53,8 @@ class Task:
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
     ) -> None:
         """Shard the model over the mesh, or keep a copy in each process; the loop averages the
-        gradients of copies. Raises `SettingError` for a mesh unless a subclass supports it."""
+        gradients of copies. `compiled` compiles it, `dtype` is that of the computation. This
+        default raises `SettingError` if there is a mesh, i.e. several processes."""
         if mesh is not None:
             raise SettingError(
                 f"{processes.count()} processes cannot train a {type(self).__name__}: start one"
@@ -62,7 +64,7 @@ class Task:
         """Give a model on the meta device memory and first weights; other models do not change."""
 
     def after(self, step: int) -> dict[str, float]:
-        """Called after each optimizer step; returns more figures to log."""
+        """Called after each optimizer step, except for bad ones; returns more metrics to log."""
         return {}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,4 +75,4 @@ class Task:
         """Restore what `state` returned."""
 
     def skip_to(self, state: dict[str, Any]) -> None:
-        """Skip the data that was used up to `state`, the values that `state()` returned."""
+        """Skip the data that was used up to `state`, the JSON values that `state()` returned."""
