@@ -1,8 +1,8 @@
 """Training a part of a finished model: low-rank adapters, or the image rows of its head.
 
-LoRA (arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen. The two small products are
+LoRA (arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen. The products with A and B are
 computed apart from W, so neither W + B A nor a gradient of its size is ever in memory. B starts at
-zero, so the model is unchanged at first.
+zero, so the outputs of the model do not change at first.
 
 The image head (Anole, arXiv 2407.06135): only the rows of `lm_head` that score image tokens are
 trained. They are a separate parameter, so no optimizer can change the other rows.
@@ -25,27 +25,28 @@ from earlyfusion.vocabulary import Ids
 
 
 class Adapted(nn.Linear):
-    """A linear layer with an adapter; the names of its weight and bias do not change."""
+    """A linear layer with a low-rank adapter: `lora_a` is [rank, in], `lora_b` [out, rank]. The
+    names of its weight and bias do not change."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         with torch.device("meta"):  # its weight and bias are those of `linear`
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
         dtype = torch.promote_types(torch.float32, linear.weight.dtype)  # fp32 beside bf16
-        make = partial(linear.weight.new_zeros, dtype=dtype)
-        self.lora_a = nn.Parameter(make((rank, linear.in_features)))
-        self.lora_b = nn.Parameter(make((linear.out_features, rank)))
+        zeros = partial(linear.weight.new_zeros, dtype=dtype)
+        self.lora_a = nn.Parameter(zeros((rank, linear.in_features)))
+        self.lora_b = nn.Parameter(zeros((linear.out_features, rank)))
         self.scale = alpha / rank
-        # As `nn.Linear` and PEFT draw it.
+        # As in `nn.Linear` and PEFT.
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
-        narrow = F.linear(input, self.lora_a)
-        return super().forward(input) + self.scale * F.linear(narrow, self.lora_b)
+        low_rank = F.linear(F.linear(input, self.lora_a), self.lora_b)
+        return super().forward(input) + self.scale * low_rank
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer with the same outputs."""
+        """A plain layer with the same outputs, and with the dtype of this layer's weight."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         change = self.scale * (self.lora_b.float() @ self.lora_a.float())
@@ -56,7 +57,8 @@ class Adapted(nn.Linear):
 
 def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
     """Freeze a model and give every linear layer of its blocks an adapter of `rank`. `alpha`
-    defaults to twice the rank. Raises `SettingError` for an impossible rank."""
+    defaults to twice the rank. Raises `SettingError` if the rank is below 1 or above the smallest
+    side of their weights."""
     narrowest = min(min(linear.weight.shape) for _, _, linear in _linears(model))
     if not 1 <= rank <= narrowest:
         raise SettingError(
@@ -68,6 +70,7 @@ def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
 
 
 def adapters(model: Transformer) -> dict[str, LowRank]:
+    """The adapters of a model, by the names of their layers."""
     return {
         name: LowRank(layer.lora_a, layer.lora_b, layer.scale)
         for name, layer in model.named_modules()
@@ -76,7 +79,8 @@ def adapters(model: Transformer) -> dict[str, LowRank]:
 
 
 def merge(model: Transformer) -> None:
-    """Merge adapters and image rows into the weights, which makes the model a plain one again."""
+    """Merge adapters and image rows into the weights. The model is then a plain one again, with no
+    weight frozen."""
     for parent, name, linear in _linears(model):
         if isinstance(linear, Adapted):
             setattr(parent, name, linear.merged())
@@ -86,7 +90,7 @@ def merge(model: Transformer) -> None:
 
 
 class TrainedRows(nn.Module):
-    """A matrix of which some rows are a separate parameter."""
+    """A parametrization of a matrix, of which the `rows` are a separate parameter."""
 
     def __init__(self, weight: Tensor, rows: Ids) -> None:
         super().__init__()

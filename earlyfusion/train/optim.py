@@ -1,6 +1,6 @@
 """Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip). Also
-Muon for the matrices of the blocks (Jordan et al. 2024: the momentum of a matrix is replaced by a
-nearly orthogonal matrix), and a moving average of the weights."""
+Muon for the matrices of the blocks (Jordan et al. 2024: a step is the momentum made nearly
+orthogonal), and a moving average of the weights."""
 
 # Shapes: N matrices of one shape, R rows, C columns.
 
@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass
 class OptimConfig:
-    """The paper's settings; `decay` runs from the end of the warm-up to `final_ratio` of `lr`."""
+    """Optimizer and learning rate; the defaults are the paper's. Raises `SettingError`."""
 
     lr: float = 1e-4
     """Peak learning rate."""
@@ -36,7 +36,8 @@ class OptimConfig:
     warmup_steps: int = 4000
     """Steps in which the learning rate rises linearly to `lr`."""
     decay: str = "exponential"
-    """exponential, cosine, linear, constant, or hold: constant, and linear in the last 30%."""
+    """How the rate falls after the warm-up: exponential, cosine, linear, constant (not at all), or
+    hold (constant, and linear in the last 30%)."""
     final_ratio: float = 0.01
     """The learning rate at the end, as a share of `lr`."""
     clip: float = 1.0
@@ -74,7 +75,8 @@ class OptimConfig:
 
 
 def check_warmup(config: OptimConfig, steps: int) -> str:
-    """A sentence to print if the warm-up takes the whole run and the rate never reaches `lr`."""
+    """A sentence to print if the warm-up takes the whole run, so that the rate does not decay; else
+    ""."""
     if config.warmup_steps < steps:
         return ""
     highest = learning_rate(config, steps - 1, steps)
@@ -95,6 +97,7 @@ _DECAYS: dict[str, Callable[[float, float], float]] = {
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of step `step` (from 0) of a run of `steps` steps."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -103,15 +106,16 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 def learning_rate_at(config: OptimConfig, step: int, share: float) -> float:
     """The rate of step `step` (from 0) at `share` of a run whose number of steps is unknown. The
-    warm-up is counted in steps, the decay in shares of the run; the lower rate counts."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.lr * min(warm, _DECAYS[config.decay](min(1.0, share), config.final_ratio))
+    warm-up follows the steps, the decay follows the share; the lower of the two rates is taken."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return config.lr * min(warmup, _DECAYS[config.decay](min(1.0, share), config.final_ratio))
 
 
 def build_optimizer(
     model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimConfig
 ) -> Any:
-    """The optimizer of a run: AdamW, or Muon for the matrices in the blocks of `model`."""
+    """The optimizer of a run: AdamW, or Muon for the matrices in the blocks of `model` and AdamW
+    for all else. Raises `SettingError` if Muon would get no matrix."""
     trained = [p for p in parameters if p.requires_grad]
     if config.kind == "adamw":
         return adamw(trained, config)
@@ -129,9 +133,9 @@ def _is_matrix_of_block(name: str, parameter: Tensor) -> bool:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay on vectors (the norms of the model's width, and biases). Norms of
-    queries and keys have a row per head and decay as matrices do. The paper gives the decay, but
-    not what it applies to."""
+    """AdamW without weight decay on vectors: biases, and norms over the model's width. The norms of
+    queries and keys have a row per head and decay as matrices do. (The paper gives the decay, but
+    not what it applies to.)"""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -171,13 +175,14 @@ class Muon(torch.optim.Optimizer):
                 self._update(same_shape, group)
 
     def _update(self, same_shape: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters of one shape together."""
         gradients = [parallel.local_shard(p.grad) for p in same_shape if p.grad is not None]
         moments = [parallel.local_shard(self.moment(p)) for p in same_shape]
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, moments, group["momentum"])
-        whole = [parallel.gathered(p, shard) for p, shard in zip(same_shape, ahead, strict=True)]
+        nesterov = torch._foreach_lerp(gradients, moments, group["momentum"])
+        whole = [parallel.gathered(p, shard) for p, shard in zip(same_shape, nesterov, strict=True)]
         orthogonal_NRC = orthogonal(torch.stack(whole)).to(same_shape[0].dtype)
-        steps = [
+        updates = [
             parallel.shard_of(p, one) for p, one in zip(same_shape, orthogonal_NRC, strict=True)
         ]
         rows, columns = same_shape[0].shape
@@ -185,9 +190,10 @@ class Muon(torch.optim.Optimizer):
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
         weights = [parallel.local_shard(p) for p in same_shape]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, steps, alpha=-rate)
+        torch._foreach_add_(weights, updates, alpha=-rate)
 
     def moment(self, parameter: Tensor) -> Tensor:
+        """The momentum of a parameter; zeros at first."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -195,31 +201,31 @@ class Muon(torch.optim.Optimizer):
         return moment
 
 
-def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
-    """Matrices with the same singular vectors, and singular values near 1 (0.7 to 1.2).
+def orthogonal(matrices_NRC: Tensor, iterations: int = 5) -> Tensor:
+    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2), by a
     Newton-Schulz iteration of fifth degree with Jordan's coefficients."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.to(torch.bfloat16 if has_fast_bf16(matrices_NRC.device) else torch.float32)
-    # So that the Gram matrix is that of the shorter side.
-    x = x.transpose(1, 2) if tall else x
+    # The Gram matrix is then that of the shorter side.
+    x = x.transpose(1, 2) if is_tall else x
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
-    for _ in range(rounds):
+    for _ in range(iterations):
         gram = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.transpose(1, 2) if tall else x
+    return x.transpose(1, 2) if is_tall else x
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in fp32 (on Zen 5 six times)."""
+    """Whether matrix products in bf16 are faster than in fp32 (six times on a Zen 5 CPU)."""
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     return device.type == "cuda"
 
 
 class MuonAndAdamW:
-    """Muon for `matrices` and AdamW for all else, used as one optimizer. A group's `peak` is its
-    highest rate, so that one schedule serves both."""
+    """Muon for `matrices` and AdamW for `others`, used as one optimizer. Muon's parameter groups
+    have their highest learning rate as `peak`, so that one schedule serves both (`set_rate`)."""
 
     def __init__(
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], config: OptimConfig
@@ -246,13 +252,13 @@ class MuonAndAdamW:
 
 
 def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
-    """Give all groups the rate of a step, scaled to `peak` in groups that have one."""
+    """Give all parameter groups the rate of a step, scaled to `peak` in groups that have one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"] / config.lr if "peak" in group else rate
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer | MuonAndAdamW) -> None:
-    """Create the moments of the optimizer's first step, to be filled from a checkpoint."""
+    """Create moments as the optimizer's first step would, to be filled from a checkpoint."""
     if isinstance(optimizer, MuonAndAdamW):
         for group in optimizer.muon.param_groups:
             for parameter in group["params"]:
@@ -269,7 +275,8 @@ def allocate_moments(optimizer: torch.optim.Optimizer | MuonAndAdamW) -> None:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Fill an optimizer from a checkpoint; shards of several processes hold tensors only."""
+    """Fill an optimizer from a checkpoint. A checkpoint in shards has only tensors: then the
+    settings of the parameter groups stay."""
     if isinstance(optimizer, MuonAndAdamW):
         load_optimizer(optimizer.muon, state["muon"])
         return load_optimizer(optimizer.adamw, state["adamw"])
@@ -283,7 +290,8 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 class WeightAverage:
-    """A moving average of a model's weights; decays faster at first, to forget the beginning."""
+    """An exponential moving average of the trained weights of a model. The decay per step is lower
+    at first, so that the first weights are soon forgotten."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._weights = [p for p in model.parameters() if p.requires_grad]
@@ -306,7 +314,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights."""
+        """Within the block, the model has the averaged weights."""
         self._swap()
         try:
             yield

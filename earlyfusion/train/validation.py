@@ -14,38 +14,42 @@ LOSS = "validation_loss"
 
 
 class Validation:
-    """Checks of a run: `measure` returns `validation_loss` and more, in nats per token."""
+    """The checks of a run on held-out documents: every `every` steps, unless the config says
+    otherwise. `measure` returns `validation_loss` and more metrics, in nats per token."""
 
     def __init__(
         self, measure: Callable[[], dict[str, float]], config: ValidationConfig, every: int
     ) -> None:
         self.measure, self._patience = measure, config.patience
         self._every = config.validate_every or every
-        self.best_loss, self.best_step, self._without_gain = math.inf, 0, 0
+        # The lowest loss, its step, and the number of checks since then.
+        self.best_loss, self.best_step, self._checks_since_best = math.inf, 0, 0
 
     def is_due(self, done: int, last: int) -> bool:
+        """Whether there is a check after `done` steps of a run that ends after `last`."""
         return done == last or done % self._every == 0
 
     def is_best(self, done: int, loss: float) -> bool:
-        """Whether `loss`, after `done` steps, is the lowest so far; remembers it."""
+        """Count a check after `done` steps; whether its loss is the lowest so far."""
         if loss < self.best_loss:
-            self.best_loss, self.best_step, self._without_gain = loss, done, 0
+            self.best_loss, self.best_step, self._checks_since_best = loss, done, 0
             return True
-        self._without_gain += 1
+        self._checks_since_best += 1
         return False
 
     @property
     def ends(self) -> bool:
         """Whether the last `patience` checks have not lowered the loss."""
-        return 0 < self._patience <= self._without_gain
+        return 0 < self._patience <= self._checks_since_best
 
     def state(self) -> dict[str, Any]:
         best = {"loss": self.best_loss, "step": self.best_step} if self.best_step else {}
-        return best | {"in_vain": self._without_gain}
+        return best | {"in_vain": self._checks_since_best}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.best_loss = float(state.get("loss", math.inf))
-        self.best_step, self._without_gain = int(state.get("step", 0)), int(state.get("in_vain", 0))
+        self.best_step = int(state.get("step", 0))
+        self._checks_since_best = int(state.get("in_vain", 0))
 
 
 def best_folder(run: Path) -> Path:
