@@ -333,7 +333,7 @@ def test_an_index_names_members_of_enumerations_by_getattr_and_nothing_else() ->
             return getattr, self.names
 
     def read(*names: Any) -> Any:
-        return checkpoint._Unpickler(io.BytesIO(pickle.dumps(Got(*names)))).load()
+        return checkpoint._IndexUnpickler(io.BytesIO(pickle.dumps(Got(*names)))).load()
 
     kind = metadata._MEM_FORMAT_ENCODING
     assert read(kind, "TORCH_PRESERVE_FORMAT") is kind.TORCH_PRESERVE_FORMAT

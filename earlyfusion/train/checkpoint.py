@@ -1,12 +1,12 @@
 """Checkpoints of a run: atomic folders `step-00001000`, of which the newest complete one counts.
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so a run that is killed
-at any moment leaves a whole checkpoint or none. One process writes `tensors.pt`; several write a
-shard each (torch.distributed.checkpoint) under `shards/`, each with its CRC-32 in a file of its
-own; any number of processes can read either. Frozen weights of a finished model are left out if the
-run can check that it gets the same ones again (`fingerprint`). Nothing in a checkpoint can run
-code: tensors are read with `weights_only=True`, and the index of the shards with its own classes
-only.
+at any moment leaves a whole checkpoint or none. A single process writes `tensors.pt`. Several
+processes write a shard each (torch.distributed.checkpoint) under `shards/`, and its CRC-32 into a
+file beside it. Any number of processes can read either. Frozen weights are left out if the run can
+check that it gets the same ones again (`fingerprint`). Nothing in a checkpoint can run code:
+tensors are read with `weights_only=True`, and the index of the shards may hold only the classes
+that it needs.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ AVERAGE = "average"
 
 
 class Saver:
-    """Writes the checkpoints of a run, from one process or from all, and keeps the newest `keep`.
-    With `in_background` the run goes on meanwhile, and a checkpoint counts once `poll` or `finish`
-    has found it complete."""
+    """Writes the checkpoints of a run and keeps the newest `keep`. Each of several processes has a
+    saver and calls the same methods. With `in_background` the training goes on while a checkpoint
+    is written; it counts once `poll` or `finish` has found it complete."""
 
     def __init__(self, run: Path, keep: int, in_background: bool) -> None:
         self._run, self._keep, self._in_background = run, keep, in_background
         self._is_distributed = dist.is_initialized()
-        self._first = not self._is_distributed or dist.get_rank() == 0
+        self._is_first = not self._is_distributed or dist.get_rank() == 0
+        # The checkpoint that is being written: its future, step and state.
         self._waiting: tuple[Future[Any], int, dict[str, Any]] | None = None
         # Its own group: its messages must not mix with those of the steps computed meanwhile.
         self._group = dist.new_group(backend="gloo") if self._is_distributed else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write the checkpoint of a step, after the one before it is complete. `tensors` may be
-        nested dicts; `state` must fit into JSON."""
+        """Write the checkpoint of a step, after the one before it is complete. `tensors` are nested
+        dicts; `state` must fit into JSON. Raises `OSError` if the disk is full."""
         self.finish()
-        if self._first:
+        if self._is_first:
             _make_partial(self._run, step)
         self._barrier()
         partial = self._run / f"{_PARTIAL}{step:08d}"
@@ -88,7 +89,7 @@ class Saver:
         self._waiting = None
         with _raise_root_cause():
             written.result()
-        if self._first:
+        if self._is_first:
             _commit(self._run, step, state, self._keep)
 
     def _barrier(self) -> None:
@@ -126,8 +127,9 @@ def steps(run: Path) -> list[int]:
 
 
 def newest_undamaged(run: Path) -> tuple[int, list[str]]:
-    """The step of the newest undamaged checkpoint (0: none), and sentences to print. Newer, damaged
-    ones are set aside as `damaged-step-...`. Raises `CheckpointError` if all are damaged."""
+    """The step of the newest undamaged checkpoint (0 if there are no checkpoints), and sentences to
+    print. Newer ones are damaged, and renamed to `damaged-step-...`. Raises `CheckpointError` if
+    all are damaged."""
     sentences: list[str] = []
     saved_steps = steps(run)
     for step in reversed(saved_steps):
@@ -173,6 +175,7 @@ def _is_undamaged(folder: Path) -> bool:
 
 
 def _has_all_shards(folder: Path) -> bool:
+    """Whether all shards of the index are there, as long as it says, with their CRC-32."""
     entries = (_reader(folder).read_metadata().storage_data or {}).values()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     if any(sizes.get(e.relative_path, -1) < e.offset + e.length for e in entries):
@@ -214,9 +217,12 @@ def _writer(folder: Path) -> Any:
 def load(
     run: Path, step: int | None = None, only: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole tensors, and the state, of this step, by default of the newest checkpoint. `only` is a
-    key such as "model": nothing else is read from shards. If the state has `began_with` (a
-    `fingerprint`), "model" lacks the frozen weights."""
+    """The whole tensors and the state of the checkpoint of `step`, by default of the newest one.
+
+    `only` is a key such as "model": from shards, nothing else is read. If the state has
+    `began_with` (a `fingerprint`), "model" lacks the frozen weights. Raises `CheckpointError` if
+    there is no such checkpoint, or it is damaged.
+    """
     folder, state = _find(run, step)
     if (folder / SHARDS).is_dir():
         return _read_shards(folder / SHARDS, f"{only}/" if only else ""), state
@@ -224,13 +230,14 @@ def load(
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """The newest weights of a run, averaged over its steps if it keeps an average."""
+    """The newest weights of a run; the averaged ones if the run keeps a moving average."""
     tensors, _ = load(run, only="model")
     averaged: dict[str, Tensor] = tensors.get(AVERAGE, {})
     return {**tensors["model"], **averaged}
 
 
 def load_state(run: Path, step: int | None = None) -> dict[str, Any]:
+    """The state alone that `load` returns."""
     return _find(run, step)[1]
 
 
@@ -242,7 +249,9 @@ def frozen(model: nn.Module) -> set[str]:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's frozen weights; "" if none is frozen, or the model is on the meta device.
-    Covers names, shapes and the sums of the bits of each column in fp32; the same on every device.
+
+    It covers names and shapes, and of each column the sum of its fp32 bit patterns, which is fast
+    and the same on every device.
     """
     names, digest = frozen(model), hashlib.sha256()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
@@ -290,6 +299,7 @@ def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> di
 
 
 def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
+    """Folder and state of the checkpoint of a step; None: the newest."""
     saved_steps = steps(run)
     if not saved_steps or (step is not None and step not in saved_steps):
         raise CheckpointError(f"{run} holds no checkpoint of step {step or 'any'}: train it first")
@@ -336,8 +346,8 @@ def _write(partial: Path, tensors: dict[str, Any]) -> None:
 
 @contextmanager
 def _raise_root_cause() -> Iterator[None]:
-    """Within the block, raise the `OSError` or the signal's exception that caused torch's error,
-    instead of that error."""
+    """If the block raises an error of torch that was caused by an `OSError` or by a signal's
+    exception, raise that cause instead."""
     try:
         yield
     except BaseException as error:
@@ -348,15 +358,16 @@ def _raise_root_cause() -> Iterator[None]:
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
-    """The `OSError` or signal's exception behind an error, also if another process sent it."""
+    """The `OSError` or signal's exception behind an error, also one that another process sent."""
     if isinstance(error, OSError) or not isinstance(error, Exception):  # as KeyboardInterrupt
         return error
-    others = [error.__cause__, error.__context__]
-    others += [failure[0] for failure in getattr(error, "failures", {}).values()]
-    return next((found for other in others if (found := _cause(other))), None)
+    errors = [error.__cause__, error.__context__]
+    errors += [failure[0] for failure in getattr(error, "failures", {}).values()]
+    return next((cause for other in errors if (cause := _cause(other))), None)
 
 
 def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Complete a checkpoint whose tensors are written, and remove older ones."""
     partial, final = run / f"{_PARTIAL}{step:08d}", run / f"{_PREFIX}{step:08d}"
     (partial / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
     flush_to_disk(partial / STATE)
@@ -367,11 +378,11 @@ def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> None:
 
 
 def _remove(run: Path, step: int) -> None:
-    # Renamed first, so that an interrupted removal leaves nothing that counts.
-    gone = run / f"{_PARTIAL}old-{step:08d}"
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(run / f"{_PREFIX}{step:08d}", gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    # Renamed first, so that an interrupted removal leaves nothing that counts as a checkpoint.
+    removed = run / f"{_PARTIAL}old-{step:08d}"
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(run / f"{_PREFIX}{step:08d}", removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _flatten(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -384,20 +395,22 @@ def _flatten(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, 
 
 
 def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The nested dictionaries that `_flatten` was given."""
     nested: dict[str, Any] = {}
     for path, value in flat.items():
-        *folders, name = path.split("/")
-        at: dict[Any, Any] = nested
+        *keys, name = path.split("/")
+        inner: dict[Any, Any] = nested
         # Parameters of an optimizer are numbered: `optimizer/state/0/exp_avg`.
-        for folder in folders:
-            at = at.setdefault(int(folder) if folder.isdigit() else folder, {})
-        at[name] = value
+        for key in keys:
+            inner = inner.setdefault(int(key) if key.isdigit() else key, {})
+        inner[name] = value
     return nested
 
 
 def _check(
     wanted: Mapping[str, Tensor], saved_shapes: Mapping[str, tuple[int, ...]], run: Path
 ) -> None:
+    """Raise `CheckpointError` unless all wanted tensors were saved in the same shape."""
     for name, value in wanted.items():
         saved = saved_shapes.get(name, "missing")
         if saved != tuple(value.shape):
@@ -407,7 +420,8 @@ def _check(
             )
 
 
-def _read_shards(folder: Path, begin: str) -> dict[str, Any]:
+def _read_shards(folder: Path, prefix: str) -> dict[str, Any]:
+    """All whole tensors whose path begins with `prefix`."""
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     reader = _reader(folder)
@@ -415,9 +429,9 @@ def _read_shards(folder: Path, begin: str) -> dict[str, Any]:
     flat = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if name.startswith(begin)
+        if name.startswith(prefix)
     }
-    with warnings.catch_warnings():  # torch warns that a single process reads: intended here
+    with warnings.catch_warnings():  # torch warns that a single process reads, which is intended
         warnings.simplefilter("ignore")
         load_shards(flat, storage_reader=reader, no_dist=True)
     return _unflatten(flat)
@@ -432,22 +446,22 @@ def _reader(folder: Path) -> Any:
             # torch's reader would unpickle any class.
             try:
                 with (folder / ".metadata").open("rb") as file:
-                    found = _Unpickler(file).load()
+                    metadata = _IndexUnpickler(file).load()
             except (OSError, pickle.UnpicklingError, EOFError) as error:
                 raise CheckpointError(
                     f"{folder} has no index that can be read ({error}): use another checkpoint"
                 ) from None
-            assert isinstance(found, Metadata)
-            if found.storage_meta is None:
-                found.storage_meta = StorageMeta()
-            found.storage_meta.load_id = self.load_id
-            return found
+            assert isinstance(metadata, Metadata)
+            if metadata.storage_meta is None:
+                metadata.storage_meta = StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
 
     return Reader(folder)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads the index of shards; refuses every class that an index does not need."""
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads the index of shards; refuses every class and function that an index does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         member = super().find_class(module, name) if module in _INDEX_MODULES else None
@@ -456,11 +470,11 @@ class _Unpickler(pickle.Unpickler):
         if isinstance(member, torch.dtype) or name in _INDEX_NAMES.get(module, ()):
             return member
         if (module, name) == ("builtins", "getattr"):
-            return _member
+            return _enum_member
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
 
 
-def _member(owner: Any, name: str) -> Any:
+def _enum_member(owner: Any, name: str) -> Any:
     """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as a call of getattr."""
     if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
         return owner[name]
