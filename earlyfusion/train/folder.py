@@ -1,8 +1,8 @@
-"""The folder of a run: which run it belongs to, who trains in it now, and messages about it.
+"""The folder of a run: which run it belongs to, its lock, and messages about it.
 
-`run.json` names the class of the run's config and its fields. A folder that holds anything other
-than a run of that class is refused before the first step. A lock (flock on `.lock`) keeps a second
-process out; the system releases it however the process ends.
+`run.json` holds the class and the fields of the run's config. A folder that holds anything other
+than a run with a config of that class is refused before the first step. A lock (flock on `.lock`)
+keeps a second process out; the system releases it however the process ends.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ except ImportError:  # a system without flock has no lock
 NOTE, _LOCK = "run.json", ".lock"
 # Files of runs from before `run.json` existed.
 _OLD_RUN_FILES = ("metrics.jsonl", "data.json", "codes.npy")
-# Former names of classes, in `run.json` of older runs, which can still be continued.
+# Former names of classes of configs, in `run.json` of older runs, which can still be continued.
 _FORMER_NAMES = {
     "SquaresConfig": "ImageTokenizerConfig",
     "EmojiImageTokenizerConfig": "ImageTokenizerConfig",
 }
-# Fields, and groups of them, that do not change the result.
+# Fields, and groups of fields, that do not change the result: a finished run may have others.
 _FREE_FIELDS = {
     "run.out",
     "run.device",
@@ -58,13 +58,14 @@ _FREE_FIELDS = {
 }
 _FREE_GROUPS = ("run.parallel.", "run.watch.")
 
-_locked_here: set[Path] = set()
+_locked_here: set[Path] = set()  # folders whose lock this process holds
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder; of several processes the first holds the lock for all.
-    Raises `SettingError` with the process that holds it, or if the folder is not writable."""
+    """Keep other runs out of the folder, which is made if it is missing. Of several processes the
+    first holds the lock for all. Raises `SettingError` with the process that holds it already, or
+    if the folder is not writable."""
     path = folder.absolute()
     if fcntl is None or path in _locked_here or processes.rank():
         yield
@@ -111,13 +112,16 @@ def _open_lock(folder: Path) -> TextIO:
 def begin(
     folder: Path, config_class: str, fields: Mapping[str, str], holds_runs: bool = False
 ) -> None:
-    """Write into the folder which run it belongs to, or check that it belongs to this one.
-    `holds_runs`: it holds the folders of several runs. Raises `SettingError` if it holds anything
-    else, or a finished run with other fields. Changed fields of a run that continues are printed.
+    """Write `run.json`, or check that it is that of this run. Prints the fields that have changed
+    in a run that continues.
+
+    `holds_runs`: the folder holds the folders of several runs. Raises `SettingError` if it holds
+    anything else, another kind of run, or a finished run with other fields.
     """
     if processes.rank():
         return
-    note = None if _holds_only_note(folder) else _note(folder)
+    # A `run.json` alone is that of a run that ended before its first step, e.g. for want of data.
+    note = None if _names_in(folder) == [NOTE] else _note(folder)
     if note is None:
         _check_is_free(folder, holds_runs)
     else:
@@ -127,15 +131,15 @@ def begin(
 
 
 def end(folder: Path, fields: Mapping[str, str], finished: bool) -> None:
-    """Write the fields that the run continued with, and whether it is finished."""
+    """Write into `run.json` the fields that the run had last, and whether it is finished."""
     note = _note(folder)
     if note is not None and not processes.rank():
         _write_note(folder, note | {"fields": dict(fields), "finished": finished})
 
 
 def check_same_data(folder: Path, fingerprint: str, subject: str) -> None:
-    """Refuse to continue with other data; `subject` names the data, with its verb. Raises
-    `DataError`. A new run writes the fingerprint to `data.json`."""
+    """Raise `DataError` if the run began with other data. `subject` names the data, with its verb
+    ("the data is"). A new run writes the fingerprint of its data to `data.json`."""
     path = folder / "data.json"
     if checkpoint.steps(folder) and path.exists():
         if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
@@ -149,23 +153,19 @@ def check_same_data(folder: Path, fingerprint: str, subject: str) -> None:
 
 def notes_folder(folder: Path) -> Path:
     """Where a process writes about its data: a separate folder for each of several processes."""
-    several = processes.count() > 1
-    return folder / f"process-{processes.rank()}" if several else folder
+    has_several = processes.count() > 1
+    return folder / f"process-{processes.rank()}" if has_several else folder
 
 
-def _was_finished(note: Mapping[str, Any] | None) -> bool:
-    return bool(note and note.get("finished"))
-
-
-def _holds_only_note(folder: Path) -> bool:
-    """Whether a run ended there before it made anything, as with data that is not there."""
-    return [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [NOTE]
+def _names_in(folder: Path) -> list[str]:
+    """Names of what is in the folder, sorted, without hidden files."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _check_is_free(folder: Path, holds_runs: bool) -> None:
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    """Raise `SettingError` if the folder holds anything but a run without a `run.json`."""
     # Another process of this run may have made its folder already.
-    others = [name for name in names if not re.fullmatch(r"process-\d+", name)]
+    others = [name for name in _names_in(folder) if not re.fullmatch(r"process-\d+", name)]
     if others and not any(map(_is_run, (folder, *(folder.iterdir() if holds_runs else ())))):
         raise SettingError(
             f"out={folder} is not empty and holds no run that could continue ({others[0]} is "
@@ -174,14 +174,15 @@ def _check_is_free(folder: Path, holds_runs: bool) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / sign).exists() for sign in (NOTE, *_OLD_RUN_FILES)) or bool(
-        checkpoint.steps(folder)
-    )
+    has_run_file = any((folder / name).exists() for name in (NOTE, *_OLD_RUN_FILES))
+    return has_run_file or bool(checkpoint.steps(folder))
 
 
 def _compare(
     folder: Path, note: Mapping[str, Any], config_class: str, fields: Mapping[str, str]
 ) -> None:
+    """Raise `SettingError` if the run of `note` cannot be continued with these fields; print those
+    that changed."""
     if note.get("kind") not in (config_class, _FORMER_NAMES.get(config_class)):
         raise SettingError(
             f"out={folder} holds a run of another kind ({note.get('kind')}, not {config_class}): "
@@ -193,7 +194,7 @@ def _compare(
         for name, value in fields.items()
         if before.get(name, value) != value and not _is_free(name)
     ]
-    if changed and _was_finished(note):
+    if changed and note.get("finished"):
         raise SettingError(
             f"out={folder} holds a finished run, and nothing is left to do there with "
             f"{', '.join(changed)}: give another out folder"
@@ -207,6 +208,7 @@ def _is_free(name: str) -> bool:
 
 
 def _note(folder: Path) -> dict[str, Any] | None:
+    """The contents of `run.json`; None if it is missing or damaged."""
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -227,20 +229,22 @@ def say(sentence: str) -> None:
 
 
 def closing_message(folder: Path, command: str, stopped: bool) -> str:
-    """Where the results of a run are, and how to continue one that was `stopped`."""
-    there = checkpoint.steps(folder)
+    """A sentence: where the results of a run are, or how to continue one that was `stopped`; "" if
+    it has none."""
+    steps = checkpoint.steps(folder)
     if stopped:
-        reached = f"holds step {there[-1]:,}" if there else "holds no checkpoint yet"
+        reached = f"holds step {steps[-1]:,}" if steps else "holds no checkpoint yet"
         return f"stopped: {folder} {reached}; the same command continues from there: {command}"
-    if (folder / "model").is_dir():
-        where = folder / "model"
-        return f"the model is in {where}; try it: earlyfusion chat --model {where}"
-    return f"the newest checkpoint is step {there[-1]:,} in {folder}" if there else ""
+    model = folder / "model"
+    if model.is_dir():
+        return f"the model is in {model}; try it: earlyfusion chat --model {model}"
+    return f"the newest checkpoint is step {steps[-1]:,} in {folder}" if steps else ""
 
 
 @contextmanager
 def reported_to_torchrun() -> Iterator[None]:
-    """Write an error's sentence into the file that `torchrun` shows at its end."""
+    """If the block raises an error of ours, write its sentence into the file that `torchrun` shows
+    when it ends."""
     try:
         yield
     except EarlyFusionError as error:
@@ -252,7 +256,7 @@ def reported_to_torchrun() -> Iterator[None]:
 
 
 class Terminated(SystemExit):
-    """SIGTERM, with the exit code that shells give it."""
+    """Raised on SIGTERM; has the exit code that shells give it."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -260,14 +264,14 @@ class Terminated(SystemExit):
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """Within the block SIGTERM raises `Terminated`, so that a run can say how to continue."""
+    """Within the block, SIGTERM raises `Terminated`, so that a run can say how to continue."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     # With several processes the main thread may be in a collective that no signal interrupts.
-    several = processes.count() > 1
-    if several or threading.current_thread() is not threading.main_thread():
+    has_several = processes.count() > 1
+    if has_several or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)
