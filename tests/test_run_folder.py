@@ -284,6 +284,16 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def test_without_locks_of_the_system_a_run_still_gets_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "fcntl", None)
+    out = tmp_path / "runs" / "new"
+    with folder.locked(out), folder.locked(out):
+        folder.begin(out, "FinetuneConfig", {"run.steps": "4"})
+    assert json.loads((out / folder.NOTE).read_text())["fields"] == {"run.steps": "4"}
+
+
 def test_a_cut_line_of_metrics_does_not_stop_a_run_from_continuing(tmp_path: Path) -> None:
     """A machine that loses its power or a full disk may leave half of the last line."""
     whole = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(3))

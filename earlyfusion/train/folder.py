@@ -67,11 +67,12 @@ def locked(folder: Path) -> Iterator[None]:
     first holds the lock for all. Raises `SettingError` with the process that holds it already, or
     if the folder is not writable."""
     path = folder.absolute()
-    if fcntl is None or path in _locked_here or processes.rank():
+    if path in _locked_here or processes.rank():
         yield
         return
     with _open_lock(folder) as file:
-        _acquire(file, folder)
+        if fcntl is not None:
+            _acquire(file, folder)
         _locked_here.add(path)
         try:
             yield
