@@ -198,3 +198,27 @@ def test_an_unknown_recipe_and_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(SettingError, match="not a recipe"):
         run(str(tmp_path / "empty.py"), [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field", "words"),
+    [
+        ("mini_transformer", "rows=0", "rows=0 must be 1 or more"),
+        ("mini_packed_transformer", "length=0", "length=0 must be 1 or more"),
+        ("mini_answers", "dropout=1", "dropout=1.0 must be at least 0 and below 1"),
+        ("mini_answers", "z_weight=-1", "z_weight=-1.0 must be 0 or more"),
+        ("mini_answers", "dialogues=0", "dialogues=0 must be 1 or more"),
+        ("mini_styles", "variants=0", "variants=0 must be 1 or more"),
+        ("mini_styles", "noise=2", "noise=2.0 must be a share from 0 to 1"),
+        ("mini_drawings", "pairs=0.9", r"pairs=0.9, usual=0.36 and studies=0.34 .* at most 1"),
+        ("ablations", "rates=", "rates= must be"),
+        ("ablations", "rates=0.1,-1", "rates=0.1,-1.0 must be"),
+        ("ablations", "rates=0.1,nan", "rates='0.1,nan' cannot be read"),
+        ("ablations", "rows=0", "rows=0 must be 1 or more"),
+    ],
+)
+def test_fields_that_no_training_of_mini_can_have_are_refused(
+    recipe: str, field: str, words: str
+) -> None:
+    with pytest.raises(SettingError, match=words):
+        override(load(recipe).config, [field])

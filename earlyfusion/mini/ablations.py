@@ -41,7 +41,7 @@ from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
 from earlyfusion.train.curves import curves_of, draw_charts
-from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.language import LanguageTask, check_fields
 from earlyfusion.train.loss import next_token_loss
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig
@@ -88,6 +88,12 @@ class AblationsConfig(TransformerConfig):
     """Documents of the validation set."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, held_out=1)
+        if not self.rates or min(self.rates) <= 0:
+            raise SettingError(
+                f"rates={','.join(map(str, self.rates))} must be one or more learning rates over 0"
+            )
         unknown = set(self.only) - set(VARIANTS) - set(SIZES)
         if unknown:
             raise SettingError(

@@ -23,7 +23,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.train import checkpoint
-from earlyfusion.train.language import job_of
+from earlyfusion.train.language import check_dropout, check_fields, job_of
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import Job
 from earlyfusion.train.samples import PromptedImages, encoded_prompts
@@ -39,7 +39,7 @@ GENERATION = {
 
 @dataclass
 class StageConfig:
-    """The fields that stages of both chains share."""
+    """The fields that all trainings of the transformer of mini share. Raises `SettingError`."""
 
     data: Path = Path("data/emoji")
     image_tokenizer: Path = Path("runs/mini_image_tokenizer")
@@ -57,7 +57,12 @@ class StageConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     weights: RoleWeights = field(default_factory=RoleWeights)
 
+    def __post_init__(self) -> None:
+        check_fields(self, rows=1, length=1, z_weight=0)
+        check_dropout(self.dropout)
+
     def job(self) -> Job:
+        """The input of `earlyfusion train RECIPE --plan`."""
         return job_of(self.model, self.run, self.rows, self.length, self.dropout)
 
 

@@ -24,6 +24,7 @@ from earlyfusion.content import Image
 from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.images import to_pixels
 from earlyfusion.data.packing import Packer, RoleWeights
+from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import (
     Sample,
@@ -44,7 +45,7 @@ from earlyfusion.mini.stage import (
 )
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence
-from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.language import LanguageTask, check_fields
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout
@@ -94,6 +95,23 @@ class DocumentsConfig:
     """Versions of each image in codes: the first as it is, the others shifted and scaled."""
     noise: float = 0.0
     """Share of the codes of a changed image in a prompt that are replaced by a near codeword."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, dialogues=1, variants=1)
+        for name in ("korean", "unchanged", "bare", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
+        if min(*self.shares) < 0:
+            raise SettingError(
+                f"pairs={self.pairs}, usual={self.usual} and studies={self.studies} are shares: "
+                "give 0 or more each, and together at most 1"
+            )
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """The shares of dialogues, pairs, requests and studies among the documents."""
+        dialogues = 1 - self.pairs - self.usual - self.studies
+        return dialogues, self.pairs, self.usual, self.studies
 
 
 @dataclass
@@ -204,8 +222,7 @@ def sources(config: TransformerConfig, data: EmojiData) -> list[tuple[float, lis
     usual = [pair for pair in pairs if pair["task"] == "usual"]
     # If these requests have their own share, the pairs leave them out.
     plain = [pair for pair in pairs if pair["task"] != "usual"] if cfg.usual else pairs
-    shares = (1 - cfg.pairs - cfg.usual - cfg.studies, cfg.pairs, cfg.usual, cfg.studies)
-    return list(zip(shares, (samples, plain, usual, study_samples), strict=True))
+    return list(zip(cfg.shares, (samples, plain, usual, study_samples), strict=True))
 
 
 def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:

@@ -235,14 +235,18 @@ def _parse(wanted: Any, name: str, text: str) -> Any:
         if wanted is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if get_origin(wanted) is tuple:
-            return tuple(get_args(wanted)[0](t) for t in text.split(",") if t)
-        value = wanted(text)
-        if wanted is float and not math.isfinite(value):  # no comparison would refuse nan
-            raise ValueError
-        return value
+            return tuple(_finite(get_args(wanted)[0](part)) for part in text.split(",") if part)
+        return _finite(wanted(text))
     except (KeyError, ValueError, TypeError):
-        shown = getattr(wanted, "__name__", str(wanted))
-        raise SettingError(f"{name}={text!r} cannot be read as {shown}") from None
+        type_name = getattr(wanted, "__name__", str(wanted))
+        raise SettingError(f"{name}={text!r} cannot be read as {type_name}") from None
+
+
+def _finite(value: Any) -> Any:
+    """The same value; `ValueError` for nan, which no comparison would refuse, and infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def summary(name: str) -> str:

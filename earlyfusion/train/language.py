@@ -56,11 +56,8 @@ class LanguageConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("micro_rows", 0), ("length", 0), ("z_weight", 0)):
-            if getattr(self, name) < least:
-                raise SettingError(f"{name}={getattr(self, name)} must be {least} or more")
-        if not 0 <= self.dropout < 1:
-            raise SettingError(f"dropout={self.dropout} must be at least 0 and below 1")
+        check_fields(self, rows=1, micro_rows=0, length=0, z_weight=0)
+        check_dropout(self.dropout)
         if self.micro_rows and self.rows % self.micro_rows:
             raise SettingError(
                 f"rows={self.rows} cannot be computed micro_rows={self.micro_rows} at a time: "
@@ -88,6 +85,19 @@ class LanguageConfig:
         """The training of `model` on rows of `length` tokens, packed from `stream`."""
         packer = Packer(stream, self.weights, self.rows, length, pad)
         return LanguageTask(model, packer, self.z_weight, self.micro_rows)
+
+
+def check_fields(config: object, **least: float) -> None:
+    """Raise `SettingError` if a field of the config is below the number given under its name."""
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            raise SettingError(f"{name}={getattr(config, name)} must be {bound} or more")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise `SettingError` if this is not a rate of dropout."""
+    if not 0 <= dropout < 1:
+        raise SettingError(f"dropout={dropout} must be at least 0 and below 1")
 
 
 def job_of(shape: ModelConfig, run: RunConfig, rows: int, length: int, dropout: float) -> Job:
