@@ -1,11 +1,11 @@
-"""Recipes: short Python files that end in `config = ...` and are run by `earlyfusion train RECIPE`.
+"""Finds and runs recipes: short Python files that `earlyfusion train RECIPE` runs.
 
 A recipe is a module with `config`, a dataclass of dataclasses, and `main(config)`. The command line
-overrides any field: `steps=50` where the name is unique, `run.steps=50` where it is not. Two more
-things of a config are used if it has them:
+overrides any field: `steps=50` where the name is unique, `run.steps=50` where it is not. Two
+attributes of a config have a meaning here:
 
-- `run`, a `RunConfig`: its folder is locked, and noted as the folder of this run. A recipe that
-  runs others has `out` instead, the folder that holds theirs.
+- `run`, a `RunConfig`: its folder is locked, and belongs to this run from then on. A recipe that
+  runs other recipes has `out` instead, the folder that holds theirs.
 - `job()`, which `--plan` needs (`Plannable`).
 """
 
@@ -105,20 +105,23 @@ def _folder_and_steps(config: Any) -> tuple[Path | None, int]:
 
 
 def _end(config: Any, out: Path, steps: int, command: str) -> None:
+    """Note whether the run is finished, and print where its results are."""
     from earlyfusion.train import checkpoint, folder
 
-    there = checkpoint.steps(out)
-    early = bool(there) and there[-1] < steps and not checkpoint.has_ended(out)
-    folder.end(out, _named(config), finished=bool(there) and not early)
-    if early:
-        folder.say(f"step {there[-1]:,} of {steps:,}, as stop_after says: without it, {command}")
+    saved_steps = checkpoint.steps(out)
+    is_early = bool(saved_steps) and saved_steps[-1] < steps and not checkpoint.has_ended(out)
+    folder.end(out, _named(config), finished=bool(saved_steps) and not is_early)
+    if is_early:
+        folder.say(
+            f"step {saved_steps[-1]:,} of {steps:,}, as stop_after says: without it, {command}"
+        )
     if sentence := folder.closing_message(out, command, stopped=False):
         folder.say(sentence)
 
 
 def _named(config: Any) -> dict[str, str]:
     """Every field by its full name, as text."""
-    return {".".join(path): str(_value(config, path)) for path in _leaves(config)}
+    return {".".join(path): str(_value(config, path)) for path in _field_paths(config)}
 
 
 def _value(config: Any, path: tuple[str, ...]) -> Any:
@@ -128,8 +131,8 @@ def _value(config: Any, path: tuple[str, ...]) -> Any:
 
 
 def plan(name: str, overrides: list[str]) -> str:
-    """Memory, speed and days of a recipe on 64 to 3,072 GPUs, as text; nothing is run. Raises
-    `SettingError` as `run` does, and for a recipe that does not train a transformer."""
+    """Memory, speed and time of a recipe on several numbers of GPUs, as text; nothing is run.
+    Raises `SettingError` as `run` does, and for a recipe that does not train a transformer."""
     config = override(load(name).config, overrides)
     if not isinstance(config, Plannable):
         raise SettingError(
@@ -140,14 +143,15 @@ def plan(name: str, overrides: list[str]) -> str:
 
 
 def override(config: Any, overrides: list[str]) -> Any:
-    """A copy of `config` with all `field=value` or `group.field=value` applied at once."""
+    """A copy of `config` with all `field=value` or `group.field=value` applied at once. Raises
+    `SettingError` for an unknown or ambiguous field, and a value that is not possible."""
     changes: dict[tuple[str, ...], str] = {}
     for item in overrides:
-        path, found, text = item.partition("=")
-        if not found:
+        path, equals, text = item.partition("=")
+        if not equals:
             raise SettingError(f"{item!r} is not of the form field=value")
         changes[_resolve(config, path.strip())] = text
-    return _changed(config, changes) if changes else config
+    return _with_changes(config, changes) if changes else config
 
 
 def load(name: str) -> Recipe:
@@ -160,13 +164,13 @@ def load(name: str) -> Recipe:
         raise SettingError(
             f"recipe {name!r} is unknown: choose one of {', '.join(RECIPES)} or give a Python file"
         )
-    module = _executed(path)
+    module = _import_file(path)
     if not (hasattr(module, "config") and hasattr(module, "main")):
         raise SettingError(f"{name} is not a recipe: it needs `config` and `main(config)`")
     return cast(Recipe, module)
 
 
-def _executed(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     """The module of a file, which may import other files of its folder."""
     folder, name = str(path.parent.resolve()), _module_name(path)
     if folder not in sys.path:
@@ -188,19 +192,20 @@ def _module_name(path: Path) -> str:
     return f"recipe_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
 
 
-def _leaves(config: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    found: list[tuple[str, ...]] = []
+def _field_paths(config: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The paths of all fields, such as ("run", "steps"), without those that are groups."""
+    paths: list[tuple[str, ...]] = []
     for item in fields(config):
         value = getattr(config, item.name)
-        inner = _leaves(value, (*prefix, item.name)) if is_dataclass(value) else []
-        found += inner or [(*prefix, item.name)]
-    return found
+        inner = _field_paths(value, (*prefix, item.name)) if is_dataclass(value) else []
+        paths += inner or [(*prefix, item.name)]
+    return paths
 
 
 def _resolve(config: Any, path: str) -> tuple[str, ...]:
     """The path of a field that is given in full or by a unique ending."""
-    wanted, leaves = tuple(path.split(".")), _leaves(config)
-    matches = [p for p in leaves if p[-len(wanted) :] == wanted]
+    wanted, paths = tuple(path.split(".")), _field_paths(config)
+    matches = [p for p in paths if p[-len(wanted) :] == wanted]
     exact = [p for p in matches if p == wanted]
     if len(exact or matches) == 1:
         return (exact or matches)[0]
@@ -209,24 +214,23 @@ def _resolve(config: Any, path: str) -> tuple[str, ...]:
             f"field {path!r} could be any of {', '.join('.'.join(p) for p in matches)}: name one"
         )
     raise SettingError(
-        f"field {path!r} is unknown: this recipe has {', '.join('.'.join(p) for p in leaves)}"
+        f"field {path!r} is unknown: this recipe has {', '.join('.'.join(p) for p in paths)}"
     )
 
 
-def _changed(config: Any, changes: dict[tuple[str, ...], str]) -> Any:
+def _with_changes(config: Any, changes: dict[tuple[str, ...], str]) -> Any:
     types, values = get_type_hints(type(config)), {}
     for name in dict.fromkeys(path[0] for path in changes):
         inner = {path[1:]: text for path, text in changes.items() if path[0] == name}
-        is_field = () in inner
-        values[name] = (
-            _parse(types[name], name, inner[()])
-            if is_field
-            else _changed(getattr(config, name), inner)
-        )
+        if () in inner:
+            values[name] = _parse(types[name], name, inner[()])
+        else:
+            values[name] = _with_changes(getattr(config, name), inner)
     return replace(config, **values)
 
 
 def _parse(wanted: Any, name: str, text: str) -> Any:
+    """A value of the type `wanted` from its text on the command line."""
     if get_origin(wanted) is UnionType:  # X | None: the only unions that configs use
         if text.lower() == "none":
             return None
@@ -258,12 +262,12 @@ def summary(name: str) -> str:
 
 
 def described(name: str) -> str:
-    """The docstring of a recipe, and its fields with types, defaults and meanings. Raises
-    `SettingError` for an unknown recipe."""
+    """The docstring of a recipe, and its fields with types, defaults and meanings: the text of
+    `earlyfusion train RECIPE --help`. Raises `SettingError` for an unknown recipe."""
     recipe = load(name)
     lines = [
-        f"  {field:<28} {type_} = {value}" + (f"\n      {meaning}" if meaning else "")
-        for field, (type_, value, meaning) in settable(recipe.config).items()
+        f"  {field:<28} {type_name} = {value}" + (f"\n      {meaning}" if meaning else "")
+        for field, (type_name, value, meaning) in settable(recipe.config).items()
     ]
     return "\n".join([inspect.getdoc(recipe) or name, "", "Fields:", *lines])
 
@@ -278,16 +282,14 @@ def fields_of(name: str) -> dict[str, tuple[str, Any, str]]:
 
 def settable(config: Any) -> dict[str, tuple[str, Any, str]]:
     """The fields of a config by their shortest unique name: type, default and meaning."""
-    leaves = _leaves(config)
+    paths = _field_paths(config)
     found = {}
-    for path in leaves:
+    for path in paths:
         ends = [path[-count:] for count in range(1, len(path) + 1)]
-        alone = [end for end in ends if sum(p[-len(end) :] == end for p in leaves) == 1]
-        owner = config
-        for name in path[:-1]:
-            owner = getattr(owner, name)
-        wanted = get_type_hints(type(owner))[path[-1]]
-        shown = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
-        meaning = meanings(type(owner)).get(path[-1], "")
-        found[".".join((alone or [path])[0])] = (shown, getattr(owner, path[-1]), meaning)
+        unique = [end for end in ends if sum(p[-len(end) :] == end for p in paths) == 1]
+        owner, name = _value(config, path[:-1]), path[-1]
+        wanted = get_type_hints(type(owner))[name]
+        type_name = str(wanted) if get_args(wanted) else getattr(wanted, "__name__", str(wanted))
+        meaning = meanings(type(owner)).get(name, "")
+        found[".".join((unique or [path])[0])] = (type_name, getattr(owner, name), meaning)
     return found
