@@ -50,7 +50,7 @@ from earlyfusion.train.trainer import RunConfig, autocast, train
 
 @dataclass(frozen=True)
 class Variant:
-    """A part of the model that is removed or added; `shape` changes fields of its config."""
+    """What differs from the reference; `shape` has changed fields of the model's config."""
 
     qk_norm: bool = True
     z_weight: float = 1e-5
@@ -80,6 +80,8 @@ SIZES = {"small": _size(64, 176, 3, 2), "large": _size(256, 704, 6, 4)}
 
 @dataclass
 class AblationsConfig(TransformerConfig):
+    """The variants to train, and how they are compared. Raises `SettingError`."""
+
     rates: tuple[float, ...] = (2e-3, 2e-2)
     """Learning rates; the sizes are compared at the first."""
     only: tuple[str, ...] = ()
@@ -104,12 +106,15 @@ class AblationsConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class Trial:
+    """A run to train: a variant at a learning rate."""
+
     name: str
     variant: Variant
     rate: float
 
     @property
     def folder(self) -> str:
+        """The name of its folder, such as "no-z-loss-0.002"."""
         return f"{self.name}-{self.rate:g}".replace(",", "").replace(" ", "-").lower()
 
 
@@ -156,12 +161,13 @@ class AblationTask(LanguageTask):
             return {}
         self.model.eval()
         with torch.no_grad(), autocast(self.model, self._run.precision):
-            figures = _validate(self.model, self._held_out)
+            metrics = _validate(self.model, self._held_out)
         self.model.train()
-        return figures
+        return metrics
 
 
 def _validate(model: Transformer, batches: list[PackedBatch]) -> dict[str, float]:
+    """Mean nats per token of all targets, of text and of images; the largest attention score."""
     probe = AttentionProbe(batches[0].document_BT)
     nats, image = [], []
     for number, batch in enumerate(batches):
@@ -185,7 +191,7 @@ def _validate(model: Transformer, batches: list[PackedBatch]) -> dict[str, float
 def _held_out_batches(
     config: AblationsConfig, vqgan: VQGAN, processor: Processor
 ) -> list[PackedBatch]:
-    """Pairs of an image and its name, in either order, of images not in the training documents."""
+    """Batches of pairs of an image and its name, in either order, from the validation split."""
     data = EmojiData(config.data)
     pairs = list(caption_pairs(data, "val"))
     chosen = pairs[:: len(pairs) // config.held_out or 1][: config.held_out]
@@ -215,7 +221,7 @@ def _encode_image(data: EmojiData, vqgan: VQGAN, image_id: str, role: str) -> Im
 
 
 def build(trial: Trial, config: AblationsConfig, vocab_size: int) -> Transformer:
-    """The model of a trial: variants of one shape begin with the same weights."""
+    """The model of a trial on its device. Variants of one shape begin with the same weights."""
     torch.manual_seed(config.run.seed)
     shape = replace(config.model, vocab_size=vocab_size, **trial.variant.shape)
     model = Transformer(shape, trial.variant.dropout).to(resolve_device(config.run.device))
@@ -257,7 +263,7 @@ def _train(
         shutil.rmtree(checkpoint)
 
 
-FIGURES = {
+METRICS = {
     "valid_text_nats": "text, nats",
     "valid_image_nats": "images, nats",
     "output_norm": "output norm, first to last",
@@ -288,14 +294,14 @@ def report(config: AblationsConfig) -> Path:
     return out / "ablations.md"
 
 
-def _plot(out: Path, group: list[Trial], figures: tuple[str, ...]) -> PIL.Image.Image:
+def _plot(out: Path, group: list[Trial], metrics: tuple[str, ...]) -> PIL.Image.Image:
     curves = {t.name: curves_of(read_metrics(out / t.folder)) for t in group}
-    charts = {f: {n: own[f] for n, own in curves.items() if f in own} for f in figures}
-    return draw_charts({f: lines for f, lines in charts.items() if lines}, DIAGNOSTICS)
+    charts = {m: {n: own[m] for n, own in curves.items() if m in own} for m in metrics}
+    return draw_charts({m: lines for m, lines in charts.items() if lines}, DIAGNOSTICS)
 
 
 def _table(out: Path, group: list[Trial]) -> str:
-    lines = [f"| variant | {' | '.join(FIGURES.values())} | verdict |", "| --- " * 8 + "|"]
+    lines = [f"| variant | {' | '.join(METRICS.values())} | verdict |", "| --- " * 8 + "|"]
     for trial in group:
         cells = " | ".join(_cells(read_metrics(out / trial.folder)))
         lines.append(f"| {trial.name} | {cells} | {_verdict(out / trial.folder)} |")
@@ -303,8 +309,9 @@ def _table(out: Path, group: list[Trial]) -> str:
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[str]:
-    values = {f: [r[f] for r in rows if r.get(f) is not None] for f in FIGURES}
-    cells = {f: f"{series[-1]:.3f}" for f, series in values.items()}
+    """The cells of a variant in the table, from the rows of its `metrics.jsonl`."""
+    values = {m: [r[m] for r in rows if r.get(m) is not None] for m in METRICS}
+    cells = {m: f"{series[-1]:.3f}" for m, series in values.items()}
     norms, gradients = values["output_norm"], values["grad_norm"]
     cells["output_norm"] = f"{norms[0]:.3g} to {norms[-1]:.3g}"
     cells["attention_score"] = f"{max(values['attention_score']):.3g}"
@@ -314,7 +321,7 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(folder: Path) -> str:
-    """Whether a run ended early, or with a validation loss above its lowest."""
+    """A few words: whether a run ended early, or with a validation loss above its lowest."""
     rows = read_metrics(folder)
     if json.loads((folder / "result.json").read_text(encoding="utf-8"))["ended"]:
         return f"NaN or infinite after step {rows[-1]['step']}"
@@ -337,13 +344,14 @@ def _sizes_table(out: Path, group: list[Trial]) -> str:
 
 
 def power_law(points: list[tuple[float, float]]) -> str:
-    """A sentence: the power law through (weights, loss), if every point lies within 1% of it."""
+    """A sentence: the power law through points of (weights, loss), or that every power law misses
+    one of them by over 1%."""
     x, y = np.log(np.array(points)).T
-    slope, height = np.polyfit(x, y, 1)
-    worst = float(np.abs(np.expm1(y - (slope * x + height))).max())
-    if worst > 0.01:
-        return f"No power law: the best one misses a size by {100 * worst:.1f} %."
-    return f"loss = {math.exp(height):.3g} x weights^{slope:.4f}, within {100 * worst:.1f} %."
+    slope, intercept = np.polyfit(x, y, 1)
+    error = float(np.abs(np.expm1(y - (slope * x + intercept))).max())
+    if error > 0.01:
+        return f"No power law: the best one misses a size by {100 * error:.1f} %."
+    return f"loss = {math.exp(intercept):.3g} x weights^{slope:.4f}, within {100 * error:.1f} %."
 
 
 def main(config: AblationsConfig) -> None:

@@ -30,19 +30,28 @@ from earlyfusion.train.trainer import RunConfig, train
 
 @dataclass
 class AugmentConfig:
-    """The share of images that are changed, and how far; lengths as shares of the width."""
+    """How many images are augmented, and how far."""
 
     share: float = 0.6
+    """Share of the images that are augmented."""
     shift: float = 0.12
+    """The largest shift, as a share of the width."""
     scale: float = 0.15
+    """Larger or smaller by at most this share."""
     mirror: float = 0.3
+    """Share of the augmented images that are mirrored."""
     recolour: float = 0.1
+    """Share of the augmented images whose colour channels are put in another order."""
 
 
 @dataclass
 class EmojiImageTokenizerConfig(ImageTokenizerConfig):
+    """Training on the emoji images."""
+
     data: Path = Path("data/emoji")
+    """Folder of the emoji data (docs/mini.md)."""
     batch: int = 12
+    """Images of a step, over all processes."""
     checked: int = 64
     """Images of the validation split that are reconstructed and measured at `sample_every`."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -51,7 +60,8 @@ class EmojiImageTokenizerConfig(ImageTokenizerConfig):
 def augment_image(
     image: Image.Image, side: int, config: AugmentConfig, rng: np.random.Generator
 ) -> Image.Image:
-    """The image at `side` x `side`, often moved, scaled, mirrored or with channels swapped."""
+    """The image at `side` x `side` pixels, augmented by random numbers of `rng`. White comes in
+    where its edge is shifted into the image."""
     if rng.random() >= config.share:
         return image.resize((side, side), Image.Resampling.LANCZOS)
     width = image.width
@@ -72,19 +82,22 @@ def augment_image(
 
 def batch_indices(step: int, batch: int, count: int, seed: int) -> list[int]:
     """Indices of the `batch` images of a step; each epoch has all `count` in a new order."""
-    epochs = [divmod(position, count) for position in range(step * batch, (step + 1) * batch)]
+    positions = [divmod(number, count) for number in range(step * batch, (step + 1) * batch)]
     orders = {
         epoch: np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
-        for epoch in {epoch for epoch, _ in epochs}
+        for epoch in {epoch for epoch, _ in positions}
     }
-    return [int(orders[epoch][position]) for epoch, position in epochs]
+    return [int(orders[epoch][position]) for epoch, position in positions]
 
 
 class AugmentedBatches:
     """Batches of augmented training images: batch k depends only on the seed and k. Each of
-    several processes takes its block of a batch. This is not a `data.images.ImageBatches`, because
-    that has a random generator for each image; here one generator augments all images of a batch in
-    turn, and another order would change the losses of the shipped recipe."""
+    several processes makes its block of a batch.
+
+    This is not a `data.images.ImageBatches`, which has a random generator for each image. Here one
+    generator augments all images of a batch in turn; anything else would change the losses of the
+    shipped recipe.
+    """
 
     def __init__(self, data: EmojiData, config: EmojiImageTokenizerConfig) -> None:
         self._images = data.images(data.split("train"))

@@ -43,8 +43,12 @@ NAMING_BATCH = 256  # images of val-pair that are classified at once
 
 @dataclass
 class NamedImageTokenizerConfig(ImageTokenizerConfig):
+    """Training on the emoji images and the names of what they show. Raises `SettingError`."""
+
     data: Path = Path("data/emoji")
+    """Folder of the emoji data (docs/mini.md)."""
     batch: int = 128
+    """Images of a step."""
     checked: int = 64
     """Images of the validation split that are reconstructed and measured at `sample_every`."""
     change: ChangeConfig = field(default_factory=ChangeConfig)
@@ -61,7 +65,8 @@ class NamedImageTokenizerConfig(ImageTokenizerConfig):
 
 
 class DeviceBatches:
-    """Batches of images, augmented on the device; batch k depends only on the seed and k."""
+    """Batches of images and labels, augmented on the device: batch k depends only on the seed and
+    k. All training images stay on the device."""
 
     def __init__(self, data: EmojiData, config: NamedImageTokenizerConfig) -> None:
         device = resolve_device(config.run.device)
@@ -82,41 +87,42 @@ class DeviceBatches:
 
 
 class Validation:
-    """The figures of `HeldOut`, and the share of val-pair images that the head classifies right."""
+    """The metrics of `HeldOut`, and the accuracy of the head on the images of val-pair: how often
+    it names the right thing."""
 
     def __init__(
         self,
         data: EmojiData,
         model: VQGAN,
         head: SemanticHead | None,
-        cfg: NamedImageTokenizerConfig,
+        config: NamedImageTokenizerConfig,
     ) -> None:
-        side, device = cfg.model.resolution, str(resolve_device(cfg.run.device))
-        images = resized(load_split(cfg.data, "val", side, "cpu"), side)
-        held_out = images[:: max(1, len(images) // cfg.checked)][: cfg.checked]
+        side, device = config.model.resolution, str(resolve_device(config.run.device))
+        images = resized(load_split(config.data, "val", side, "cpu"), side)
+        held_out = images[:: max(1, len(images) // config.checked)][: config.checked]
         self._held_out = HeldOut(model, held_out, batch=16)
         self._model, self._head = model, head
-        self._pairs = load_split(cfg.data, "val-pair", side, device)
+        self._images = load_split(config.data, "val-pair", side, device)
         self._labels = Labels(data).of(data.split("val-pair")).to(device)
 
     def __call__(self, step: int, folder: Path) -> dict[str, float]:
-        figures = self._held_out(step, folder)
+        metrics = self._held_out(step, folder)
         if self._head is None:
-            return figures
-        return figures | {"held_out_named": self._naming_accuracy(self._head)}
+            return metrics
+        return metrics | {"held_out_named": self._naming_accuracy(self._head)}
 
     @torch.no_grad()
     def _naming_accuracy(self, head: SemanticHead) -> float:
-        right, device = 0.0, self._pairs.device
+        num_correct, device = 0.0, self._images.device
+        batches = zip(
+            self._images.split(NAMING_BATCH), self._labels.split(NAMING_BATCH), strict=True
+        )
         with torch.autocast(device.type, enabled=False):
-            batches = zip(
-                self._pairs.split(NAMING_BATCH), self._labels.split(NAMING_BATCH), strict=True
-            )
-            for rows, labels in batches:
-                codes = self._model.encode(resized(rows, rows.shape[1]))
-                guesses = head(self._model.embed(codes))[0].argmax(1)
-                right += float((guesses == labels[:, 0]).sum())
-        return right / max(1, len(self._labels))
+            for images, labels in batches:
+                codes = self._model.encode(resized(images, images.shape[1]))
+                predicted = head(self._model.embed(codes))[0].argmax(1)
+                num_correct += float((predicted == labels[:, 0]).sum())
+        return num_correct / max(1, len(self._labels))
 
 
 def main(config: NamedImageTokenizerConfig) -> None:

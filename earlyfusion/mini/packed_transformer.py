@@ -78,11 +78,12 @@ DOCUMENTS = "documents.npz"
 
 @dataclass
 class VariantsConfig:
-    """How many variants of each image are encoded."""
+    """How many variants of each image are encoded. Raises `SettingError`."""
 
     plain: int = 12
     """Variants that keep the colours; the first is the image itself."""
     recoloured: int = 12
+    """Variants in other colours."""
 
     def __post_init__(self) -> None:
         if self.plain < 1 or self.recoloured < 0:
@@ -93,8 +94,12 @@ class VariantsConfig:
 
 @dataclass
 class PackedTransformerConfig(StageConfig):
+    """Training of the transformer on rows that are put together on the device."""
+
     image_tokenizer: Path = Path("runs/mini_named_image_tokenizer")
+    """The run of an image tokenizer, or a model's folder, or `mini`."""
     rows: int = 32
+    """Packed rows of a step."""
     prompts: tuple[str, ...] = (
         "Draw a red apple.",
         "Draw a cat.",
@@ -110,8 +115,8 @@ class PackedTransformerConfig(StageConfig):
     """Whether the words of the names of things become whole tokens of a new tokenizer. It takes a
     larger one: with vocab_size=5120 other words take more tokens (docs/mini.md)."""
     codeword_embeddings: bool = False
-    """Whether the distances of the codewords are put into the embeddings of image tokens at the
-    beginning (`embed_codewords`); embeddings of `start` are kept and added to."""
+    """Whether the embeddings of image tokens have the distances of their codewords at the beginning
+    (`embed_codewords`). With `start`, they are added to its embeddings."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     ways: VariantsConfig = field(default_factory=VariantsConfig)
     cut: CodeNoiseConfig = field(default_factory=CodeNoiseConfig)
@@ -119,25 +124,23 @@ class PackedTransformerConfig(StageConfig):
 
 
 class BlankLayout(ImageLayout):
-    """Fills every image with code 0: its codes are looked up on the device later."""
+    """A layout that spells every image with code 0: its codes are looked up on the device later."""
 
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
-        return _blank(self.height, self.width, vocabulary)
+        return _blank_tokens(self.height, self.width, vocabulary)
 
 
 @lru_cache
-def _blank(height: int, width: int, vocabulary: Vocabulary) -> list[int]:
+def _blank_tokens(height: int, width: int, vocabulary: Vocabulary) -> list[int]:
     return ImageLayout(height, width).spell(np.zeros((height, width), np.int64), vocabulary)
 
 
 def load_or_encode_variants(
     vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]
 ) -> Tensor:
-    """The codes of `encode_variants`, stored in `codes.npy` under the run: on a CPU they take
-    minutes.
-
-    A run that starts from another one takes its codes, if the numbers of images and variants match.
-    """
+    """The codes of `encode_variants`: int16 [P, V, C] on the device of the VQ-GAN. They are stored
+    as `codes.npy` in the run's folder, because on a CPU they take minutes. A run with a `start`
+    takes the codes of that run, if the numbers of images and variants match."""
     path, device = config.run.out / "codes.npy", vqgan.quantize.embedding.weight.device
     variants = config.ways.plain + config.ways.recoloured
     shape = (len(ids), variants, config.model.vq_config.grid**2)
@@ -160,7 +163,7 @@ def training_image_ids(config: PackedTransformerConfig) -> list[str]:
 
 
 def _load_pixels(config: PackedTransformerConfig, ids: list[str], device: torch.device) -> Tensor:
-    """Their pixels on the device: uint8 [P, Y, X, C]."""
+    """The pixels of all training images on the device: uint8 [P, Y, X, 3]."""
     side, icons = config.model.vq_config.resolution, config.mixture.icons
     table_PYXC = load_split(config.data, "train", side, str(device), icons)
     if len(table_PYXC) == len(ids):
@@ -177,7 +180,8 @@ def _load_pixels(config: PackedTransformerConfig, ids: list[str], device: torch.
 
 @torch.inference_mode()
 def encode_variants(vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]) -> Tensor:
-    """Codes of all variants of the images, on the device: int16 [P, V, C]."""
+    """The codes of all variants of P images: int16 [P, V, C] on the device of the VQ-GAN. Variant 0
+    is the image itself."""
     side, device = config.model.vq_config.resolution, vqgan.quantize.embedding.weight.device
     table_PYXC = _load_pixels(config, ids, device)
     same_colours = replace(config.change, contrast=0.0, tint=0.0, grey=0.0, unchanged=0.0)
@@ -203,10 +207,8 @@ def encode_variants(vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str
 def encode_documents(
     samples: list[Sample], processor: Processor, numbers: dict[str, int]
 ) -> Iterator[tuple[TokenSequence, list[int], bool]]:
-    """Per sample: its tokens with blank images, the images' numbers, and whether it is plain.
-
-    `numbers` are those of the images by their ids.
-    """
+    """For each sample its tokens with blank images, the numbers of its images, and whether these
+    must keep their colours. `numbers` maps ids of images to their numbers."""
     codes = np.zeros((1, 1), np.int64)
     for sample in samples:
         parts = [part for message in sample["messages"] for part in message["content"]]
@@ -220,10 +222,10 @@ def encode_documents(
 
 
 def prepare(config: PackedTransformerConfig) -> Templates:
-    """The documents as templates; the text tokenizer is left in the run's folder.
+    """The documents as templates. The text tokenizer is written to the run's folder.
 
-    Neither needs a device or an image tokenizer, so that `pretrain_mini` makes them in another
-    process while earlier stages train, and leaves them in `documents.npz`.
+    This needs neither a device nor an image tokenizer, so that `pretrain_mini` can do it in another
+    process while earlier stages train; it writes the templates to `documents.npz`.
     """
     path = config.run.out / DOCUMENTS
     if path.is_file() and (config.run.out / "tokenizer.json").is_file():
@@ -240,7 +242,7 @@ def prepare(config: PackedTransformerConfig) -> Templates:
 
 
 def build_rows(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, Processor]:
-    """The rows to learn from, and the processor of the model."""
+    """The rows to train on, and the processor of the model."""
     documents, grid = prepare(config), config.model.vq_config.grid
     processor = Processor(config.run.out / "tokenizer.json", ImageLayout(grid, grid))
     vocabulary = processor.vocabulary
@@ -263,12 +265,12 @@ def build_rows(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRow
 def embed_codewords(
     model: Transformer, vqgan: VQGAN, vocabulary: Vocabulary, seed: int, add: bool = False
 ) -> None:
-    """Set the input embeddings of the image tokens to a random projection of their codewords, at
-    the scale that they have; with `add`, add it to them.
+    """Set the input embeddings of the image tokens to a random projection of their codewords, with
+    the standard deviation that they had; with `add`, add it to them.
 
-    Random embeddings have the same distance from each other, so that the transformer has to learn
-    from examples which codes look alike. With these, similar images have similar inputs from the
-    first step on.
+    Random embeddings have about the same distance from each other, so the transformer would have to
+    learn from examples which codes look alike. With these, similar images have similar inputs from
+    the first step on.
     """
     codewords_KC = vqgan.quantize.embedding.weight.float().cpu()
     codewords_KC = codewords_KC - codewords_KC.mean(0)

@@ -108,8 +108,12 @@ _ON_CPU = {
 
 @dataclass
 class PretrainMiniConfig:
+    """Which stages are trained, at which scale or in which time. Raises `SettingError`."""
+
     data: Path = Path("data/emoji")
+    """Folder of the emoji data (docs/mini.md)."""
     out: Path = Path("runs/pretrain_mini")
+    """Folder of all stages, each in a folder of its own."""
     stages: tuple[str, ...] = tuple(STAGES)
     """The stages to run, in their order; the results of earlier ones must be in `out`."""
     scale: float = 1.0
@@ -124,7 +128,9 @@ class PretrainMiniConfig:
     icons: Path | None = None
     """With `minutes`, the folder of a set of icons (docs/mini.md) that join the images."""
     length: int = 2048
+    """Tokens of a row."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["mini"])
 
     def __post_init__(self) -> None:
@@ -181,10 +187,8 @@ def main(config: PretrainMiniConfig) -> None:
 
 
 def prepare_ahead(config: PretrainMiniConfig, chosen: list[str]) -> BaseProcess | None:
-    """Start a process that makes the documents of all stages while the first one trains.
-
-    None if there is only one worker, which the training itself needs.
-    """
+    """Start a process that makes the documents of all stages while the first one trains. None if
+    they are there already, or if there is only one worker, which the training itself needs."""
     if not config.minutes or _workers(config) == 1:
         return None
     packed = [name for name in chosen if config.chain[name].recipe in _PACKED]
@@ -192,22 +196,24 @@ def prepare_ahead(config: PretrainMiniConfig, chosen: list[str]) -> BaseProcess 
     missing = [cfg for cfg in configs if not (cfg.run.out / DOCUMENTS).is_file()]
     if not missing:
         return None
-    process = get_context("spawn").Process(target=_prepare, args=(missing,))
+    process = get_context("spawn").Process(target=_prepare_all, args=(missing,))
     process.start()
     return process
 
 
-def _prepare(configs: list[PackedTransformerConfig]) -> None:
+def _prepare_all(configs: list[PackedTransformerConfig]) -> None:
     for config in configs:
         save_templates(config.run.out / DOCUMENTS, prepare(config))
 
 
 def _workers(config: PretrainMiniConfig) -> int:
+    """How many processes write documents."""
     on_gpu = resolve_device(config.device).type == "cuda"
     return config.workers or (min(_MAX_WORKERS, os.cpu_count() or 1) if on_gpu else 1)
 
 
 def recipe(stage: Stage) -> Any:
+    """The module of a stage's recipe."""
     return import_module(RECIPES[stage.recipe])
 
 
@@ -239,14 +245,15 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
 
 
 class TimeBudget:
-    """The minutes of each stage; those spent before an interruption count."""
+    """Divides the minutes of the whole among the stages; time before an interruption counts."""
 
     def __init__(self, config: PretrainMiniConfig, chosen: list[str]) -> None:
         self._config, self._chosen, self._since = config, chosen, time.monotonic()
         self._before = sum(_seconds(config.out / name) for name in chosen)
 
     def minutes(self, name: str) -> float:
-        """The minutes of one stage: its share of those left when it begins, decided once."""
+        """The minutes of one stage: its share of those that are left when it begins. They are
+        written to its folder, so that they stay the same after an interruption."""
         path = self._config.out / name / "minutes.json"
         if path.is_file():
             return float(json.loads(path.read_text(encoding="utf-8")))
@@ -264,16 +271,15 @@ class TimeBudget:
 
 
 def _seconds(run: Path) -> float:
+    """How long a run has trained."""
     if not checkpoint.steps(run):
         return 0.0
     return float(checkpoint.load_state(run).get("seconds", 0.0))
 
 
 def timed_config(config: PretrainMiniConfig, name: str, budget: TimeBudget | None) -> Any:
-    """The config of a stage that ends with its minutes, for the device of this machine.
-
-    Without a `budget`, the config can be used for all but training.
-    """
+    """The config of a stage that ends with its minutes, for the device of this machine. Without a
+    `budget` it has no minutes, and can be used for everything but training."""
     stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
     base = recipe(stage).config
     start = config.out / stage.start

@@ -42,14 +42,20 @@ class StageConfig:
     """The fields that all trainings of the transformer of mini share. Raises `SettingError`."""
 
     data: Path = Path("data/emoji")
+    """Folder of the emoji data (docs/mini.md)."""
     image_tokenizer: Path = Path("runs/mini_image_tokenizer")
+    """The run of an image tokenizer, or a model's folder, or `mini`."""
     start: Path | None = None
     """The run whose newest weights and tokenizer this one begins with, or a model's folder, or
-    `mini`. `image_tokenizer` may name a model as well."""
+    `mini`."""
     rows: int = 2
+    """Packed rows of a step."""
     length: int = 2048
+    """Tokens of a row."""
     dropout: float = 0.0
+    """Share of the outputs of attention and feed-forward that are set to zero."""
     z_weight: float = 1e-5
+    """Weight of the z-loss, the mean squared logarithm of the softmax normaliser."""
     prompts: tuple[str, ...] = ()
     """Requests whose images are generated at the end and at `run.sample_every`."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -67,8 +73,8 @@ class StageConfig:
 
 
 def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
-    """The newest weights of an image tokenizer's run, rounded to fp16, as they are shipped, or
-    those of a model's folder. Raises `SettingError` for a model with another one than `config`."""
+    """The image tokenizer with the newest weights of a run, or with those of a model's folder,
+    rounded to fp16. Raises `SettingError` if that of a model has another shape than in `config`."""
     if (folder := model_folder(run)) is not None:
         source = detect.open_source(folder)
         if source.config.vq_config != config.vq_config:
@@ -81,7 +87,7 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
     else:
         tensors = checkpoint.weights(run)
     vqgan = VQGAN(config.vq_config)
-    # Codes must be those of the shipped image tokenizer, which is fp16.
+    # Codes must be those of the image tokenizer as it is shipped: in fp16.
     vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
     return accelerate(vqgan.eval().requires_grad_(False))
 
@@ -89,10 +95,9 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
 def text_tokenizer(
     config: StageConfig, samples: Iterable[Sample], whole: Sequence[str] = ()
 ) -> Path:
-    """The tokenizer's file in the run's folder, copied from `start` or trained on the samples.
-
-    The words of `whole` become whole tokens if it is trained.
-    """
+    """The tokenizer's file in the run's folder: the one that is there, or a copy of that of
+    `start`, or one that is trained on the samples. If it is trained, each word of `whole` becomes
+    one token."""
     path = config.run.out / "tokenizer.json"
     if path.exists():
         return path
@@ -121,7 +126,7 @@ def file_of_start(start: Path, name: str) -> Path:
 
 
 def first_model(config: StageConfig, vocab_size: int) -> Transformer:
-    """The model on its device, with weights drawn from the run's seed or taken from `start`."""
+    """The model on its device, with random weights from the run's seed, or those of `start`."""
     torch.manual_seed(config.run.seed)
     model = Transformer(replace(config.model, vocab_size=vocab_size), config.dropout)
     model = model.to(resolve_device(config.run.device))
@@ -138,11 +143,12 @@ def first_model(config: StageConfig, vocab_size: int) -> Transformer:
 
 
 def deepen(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The weights of a transformer of `layers` layers that computes what a shallower one does.
+    """The weights of a transformer with `layers` layers that computes the same as the shallower one
+    with the weights `tensors`.
 
-    The layers of the shallower one are repeated, spread evenly. A repetition adds nothing at first,
-    because its output projections are zero (as in LLaMA Pro, arXiv 2401.02415). Weights of as many
-    layers or more are returned as they are.
+    Some layers are repeated, spread evenly over all. A repetition adds nothing at first, because
+    its output projections are zero (as in LLaMA Pro, arXiv 2401.02415). Weights of as many layers
+    or more are returned as they are.
     """
     prefix = "model.layers."
     old_layers = 1 + max(
@@ -153,12 +159,12 @@ def deepen(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     deeper = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     for new in range(layers):
         old = new * old_layers // layers
-        repeated = new > 0 and old == (new - 1) * old_layers // layers
+        is_repetition = new > 0 and old == (new - 1) * old_layers // layers
         for name, value in tensors.items():
             if name.startswith(f"{prefix}{old}."):
-                silent = repeated and name.endswith(("o_proj.weight", "down_proj.weight"))
+                is_zero = is_repetition and name.endswith(("o_proj.weight", "down_proj.weight"))
                 new_name = name.replace(f"{prefix}{old}.", f"{prefix}{new}.")
-                deeper[new_name] = torch.zeros_like(value) if silent else value.clone()
+                deeper[new_name] = torch.zeros_like(value) if is_zero else value.clone()
     return deeper
 
 

@@ -75,12 +75,17 @@ TASKS = {
 
 @dataclass
 class DocumentsConfig:
-    """Sources of the documents and their shares, and the codes of their images."""
+    """Sources of the documents and their shares, and the codes of their images. Raises
+    `SettingError`."""
 
     dialogues: int = 150_000
+    """Number of different dialogues; documents are chosen among them."""
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASKS))
+    """Weight of each task among the dialogues."""
     korean: float = 0.4
+    """Share of the dialogues in Korean."""
     seed: int = 100
+    """Seed of the dialogues and of the variants of images."""
     pairs: float = 0.35
     """Share of plain pairs of image and name among the documents."""
     usual: float = 0.0
@@ -116,6 +121,8 @@ class DocumentsConfig:
 
 @dataclass
 class TransformerConfig(StageConfig):
+    """Training of the transformer of mini on packed dialogues."""
+
     prompts: tuple[str, ...] = (
         "Draw a red apple.",
         "Draw a cat face.",
@@ -147,7 +154,8 @@ def encode_variants(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) ->
 
 
 def nearest_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
-    """The `count` codewords nearest to each, without itself: int16 [codes, count]."""
+    """The `count` codes whose codewords are nearest to each, the nearest first: int16 [codes,
+    count]."""
     codewords = vqgan.quantize.embedding.weight.detach().float()
     # Not `nearest_codewords`, which orders equal codewords differently: the shipped stages were
     # trained with this order.
@@ -156,12 +164,12 @@ def nearest_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
 
 
 class Documents:
-    """The stream of documents: each number has a random sample, with random variants of its images.
+    """The stream of documents: document k is a random sample, with random variants of its images.
 
-    `codes` come from `encode_variants`, `nearest` from `nearest_codes`. This is not a
-    `data.mixture.Mixture`, whose random numbers depend on the row and come in another order. Here
-    the number of the document decides which variant of an image is used and whether a request is
-    dropped; with any other order, the shipped stages could not be trained again to the same losses.
+    `sources` are samples with the share of each source; `codes` come from `encode_variants`,
+    `nearest` from `nearest_codes`. This is not a `data.mixture.Mixture`, whose random numbers
+    depend on the row and come in another order. Here they follow from the number of the document;
+    with any other order, the shipped stages could not be trained again to the same losses.
     """
 
     def __init__(

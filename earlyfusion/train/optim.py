@@ -29,8 +29,11 @@ class OptimConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     beta1: float = 0.9
+    """AdamW: decay per step of the running mean of gradients."""
     beta2: float = 0.95
+    """AdamW: decay per step of the running mean of squared gradients."""
     eps: float = 1e-5
+    """AdamW: added to the root of the mean squared gradient."""
     weight_decay: float = 0.1
     """Decoupled, as in AdamW."""
     warmup_steps: int = 4000

@@ -45,16 +45,24 @@ _COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
 
 @dataclass
 class MixtureConfig:
-    """The number of documents of an epoch, and the shares of their sources, in any unit."""
+    """The number of documents, and the weights of their sources. Raises `SettingError`."""
 
     documents: int = 80_000
+    """Documents of an epoch."""
     dialogues: float = 0.36
+    """Weight of dialogues of the eighteen tasks."""
     pairs: float = 0.24
+    """Weight of pairs of an image and its name."""
     requests: float = 0.2
+    """Weight of requests for an image without a style."""
     studies: float = 0.15
+    """Weight of dialogues with several questions about one image."""
     bare: float = 0.05
+    """Weight of images without a request, for guidance."""
     scenes: float = 0.0
+    """Weight of dialogues about scenes of several small images."""
     unknown: float = 0.0
+    """Weight of dialogues about things that the data does not have."""
     wordings: float = 0.0
     """Share of requests in composed words, with typing noise (`wordings.compose_request`)."""
     varied: bool = False
@@ -66,7 +74,9 @@ class MixtureConfig:
     tasks: dict[str, float] = field(default_factory=dict)
     """Weights of tasks among the dialogues; of others, the published weights."""
     korean: float = 0.4
+    """Share of Korean among dialogues, requests, scenes and unknown things."""
     seed: int = 0
+    """All random choices of the documents follow from it."""
     workers: int = 1
     """Processes that write the documents."""
 
@@ -125,14 +135,14 @@ def load_samples(folder: Path, config: MixtureConfig) -> list[Sample]:
 
 
 def is_plain(sample: Sample) -> bool:
-    """Whether the colours of its images matter: a question or a name is about them."""
-    words = (
+    """Whether the images of a sample must keep their colours, as a question or a name needs them."""
+    texts = (
         part["text"]
         for message in sample["messages"]
         for part in message["content"]
         if part["type"] == "text"
     )
-    return sample["task"] in _COLOURED or any(COLOUR_IN_NAME.search(text) for text in words)
+    return sample["task"] in _COLOURED or any(COLOUR_IN_NAME.search(text) for text in texts)
 
 
 def _write_part(part: _Part, data: EmojiData | None = None) -> list[Sample]:
