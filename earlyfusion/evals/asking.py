@@ -1,4 +1,5 @@
-"""Requests of an evaluation: sent in batches, with greedy text and one seed per image."""
+"""Asks a model many questions, for all evaluations: in batches, with greedy text and one seed per
+image."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from typing import Any, Protocol, TypeAlias
 from earlyfusion import SamplingParams
 
 Numbers: TypeAlias = dict[str, Any]
+"""Results of an evaluation, ready for JSON."""
 
-BATCH = 16
-ANSWER_TOKENS = 64
+BATCH = 16  # prompts that are answered, or images that are encoded, together
+ANSWER_TOKENS = 64  # the longest answer to a question about an image
 
 
 class Model(Protocol):
@@ -38,6 +40,7 @@ def generate_replies(
 
 
 def greedy_sampling(prompts: Sequence[Any]) -> list[SamplingParams]:
+    """Greedy text of at most `ANSWER_TOKENS` tokens for each prompt."""
     return [SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)] * len(prompts)
 
 
@@ -48,4 +51,5 @@ def seeded_sampling(count: int, seed: int, max_images: int | None = None) -> lis
 
 
 def share(values: Sequence[bool]) -> float | None:
+    """The share of true values, from 0 to 1; None if there are no values."""
     return round(sum(values) / len(values), 4) if values else None

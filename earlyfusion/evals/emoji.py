@@ -57,7 +57,7 @@ NAMED_SPLITS = ("train", "val-pair", "val-concept")
 MAX_GENERATED = 100  # per split
 MAX_QUESTIONS = 100  # per task
 MAX_LISTS = 30  # the longest asks for four images
-MAX_REFUSALS = 40  # of each sort
+MAX_REFUSALS = 40  # of each kind
 MAX_UNSEEN = 50  # things never trained on, per language
 DIALOGUES = 1500  # as many as the published val.jsonl
 TOPS = (1, 5, 10)
@@ -72,10 +72,10 @@ def measure(
     seed: int = 0,
     keep: Callable[[Numbers], None] | None = None,
 ) -> Numbers:
-    """All measurements; `limit` bounds the images or questions of each.
+    """All measurements, by name; each takes at most `limit` images or questions.
 
-    `keep` gets the report so far after each of them, as a run may be interrupted. Shares are
-    between 0 and 1, PSNR is in dB. Raises SettingError where the limit is below 1.
+    `keep` is called with the report so far after each measurement, as a run may be interrupted.
+    Shares are between 0 and 1, PSNR is in dB. Raises `SettingError` if the limit is below 1.
     """
     if limit < 1:
         raise SettingError(f"limit is {limit}: give at least 1")
@@ -83,7 +83,7 @@ def measure(
     all_styles = galleries[None]
     num_images = min(limit, MAX_GENERATED)
     known = _first_images(data, limit, seed), _sample_ids(data, "train", limit, seed)
-    # The most informative ones first: a run may be interrupted.
+    # The most informative ones come first: a run may be interrupted.
     measures: dict[str, Callable[[], Numbers]] = {
         "naming": lambda: naming(model, data, limit, seed),
         "retrieval": lambda: retrieval(model, data, num_images, seed, galleries),
@@ -113,8 +113,8 @@ def naming(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
     """Share of images named exactly, by split and language: {split: {lang: {n, exact}}}."""
     report: Numbers = {}
     for split in NAMED_SPLITS:
-        most = min(limit, MAX_UNSEEN) if split == "val-concept" else limit
-        if ids := _sample_ids(data, split, most, seed):
+        num_images = min(limit, MAX_UNSEEN) if split == "val-concept" else limit
+        if ids := _sample_ids(data, split, num_images, seed):
             report[split] = {lang: _naming_accuracy(model, data, ids, lang) for lang in LANGUAGES}
     return report
 
@@ -136,18 +136,16 @@ def lists(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
     once, belongs to the requested subgroup."""
     samples = [s for s in _dialogues(data) if s["check"] == "images+names"][:limit]
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
-    found = generate_replies(
+    replies = generate_replies(
         model, prompts, "interleaved", seeded_sampling(len(prompts), seed, max_images=5)
     )
-    correct_form = [
-        well_formed(r.segments, s["count"]) for r, s in zip(found, samples, strict=True)
-    ]
-    right = [_count_right_items(data, r.segments, s) for r, s in zip(found, samples, strict=True)]
-    requested = sum(s["count"] for s in samples)
+    pairs = list(zip(replies, samples, strict=True))
+    num_right = sum(_count_right_items(data, reply.segments, sample) for reply, sample in pairs)
+    num_requested = sum(sample["count"] for sample in samples)
     return {
         "n": len(samples),
-        "well_formed": share(correct_form),
-        "right_items": round(sum(right) / requested, 4) if requested else None,
+        "well_formed": share([well_formed(r.segments, s["count"]) for r, s in pairs]),
+        "right_items": round(num_right / num_requested, 4) if num_requested else None,
     }
 
 
@@ -173,22 +171,22 @@ def _count_right_items(data: EmojiData, segments: Sequence[Any], sample: Sample)
 
 def _naming_accuracy(model: Model, data: EmojiData, ids: list[str], lang: str) -> Numbers:
     question = PROMPTS["caption"][lang].published[0]
-    found = generate_replies(
-        model, [[Image(data.image(i)), question] for i in ids], "text", greedy_sampling(ids)
-    )
+    prompts = [[Image(data.image(i)), question] for i in ids]
+    replies = generate_replies(model, prompts, "text", greedy_sampling(prompts))
+    # The name as people say it, or as the catalogue lists it.
     rows = [data.row(i) for i in ids]
-    listed = [r["name_en"] if lang == "en" else r["name_ko"] for r in rows]
-    accepted = [{name_of(r, lang), n} for r, n in zip(rows, listed, strict=True)]
-    return _exact([r.text for r in found], accepted)
+    accepted = [{name_of(r, lang), r["name_en"] if lang == "en" else r["name_ko"]} for r in rows]
+    return _exact([r.text for r in replies], accepted)
 
 
 def _answer_accuracy(model: Model, data: EmojiData, samples: list[Sample]) -> Numbers:
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
-    found = generate_replies(model, prompts, "text", greedy_sampling(prompts))
-    return _exact([r.text for r in found], [set(s["accept"]) for s in samples])
+    replies = generate_replies(model, prompts, "text", greedy_sampling(prompts))
+    return _exact([r.text for r in replies], [set(s["accept"]) for s in samples])
 
 
 def _exact(answers: Sequence[str], accepted: Sequence[set[str]]) -> Numbers:
+    """The share of answers that are accepted: {n, exact}."""
     pairs = zip(answers, accepted, strict=True)
     right = [normalise(answer) in {normalise(a) for a in accept} for answer, accept in pairs]
     return {"n": len(right), "exact": share(right)}
@@ -198,8 +196,8 @@ def _exact(answers: Sequence[str], accepted: Sequence[set[str]]) -> Numbers:
 
 
 def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """PSNR of images that went through codes and back, at the model's resolution: {n,
-    psnr_median, psnr_tenth}. Nine tenths of the validation images exceed the last."""
+    """PSNR of images that were encoded to codes and decoded, at the model's resolution: {n,
+    psnr_median, psnr_tenth}. Nine tenths of the validation images have at least `psnr_tenth`."""
     images = data.images(_sample_ids(data, "val", limit, seed))
     pairs = zip(images, _reconstruct(model, images), strict=True)
     values = [psnr(resized(before, after.size), after) for before, after in pairs]
@@ -226,11 +224,12 @@ def retrieval(
 ) -> Numbers:
     """Ranks of generated images, and how far those of val-pair are from the true images.
 
-    {"usual" | "any style" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}, "distance":
-    {n, drawings, reconstructions}}. Half of the requests are in English and half in Korean. They
-    give name and style, and are compared with the images of that style; or the name alone. Then
-    "any style" compares with the training images of all styles, and "usual" with those of the
-    first style that has the thing. The distances are `gallery.frechet`.
+    The result is {"usual" | "any style" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10},
+    "distance": {n, drawings, reconstructions}}. Half of the requests are in English and half in
+    Korean. For "train" and "val-pair" they give name and style, and images are compared with those
+    of that style. For the other two they give the name alone: "any style" compares with the
+    training images of all styles, "usual" with those of the first style that has the thing. The
+    distances are `gallery.frechet`.
     """
     galleries = {None: Gallery(data)} if galleries is None else galleries
     report: Numbers = {}
@@ -240,8 +239,8 @@ def retrieval(
     for split, ids in chosen.items():
         table = "draw" if split == "usual" else "draw_styled"
         prompts = [_image_prompt(data, id_, LANGUAGES[i % 2], table) for i, id_ in enumerate(ids)]
-        found = generate_replies(model, prompts, "image", seeded_sampling(len(ids), seed))
-        generated[split] = [r.images[0] if r.images else None for r in found]
+        replies = generate_replies(model, prompts, "image", seeded_sampling(len(ids), seed))
+        generated[split] = [r.images[0] if r.images else None for r in replies]
         report[split] = _ranks(data, ids, generated[split], galleries)
         if split == "usual":
             report["any style"] = _ranks(data, ids, generated[split], galleries, any_style=True)
@@ -258,15 +257,15 @@ def _distances(
     true: Sequence[PIL.Image.Image],
     gallery: Gallery,
 ) -> Numbers:
-    present = [image for image in generated if image]
-    if min(len(present), len(true)) < 2:  # a single image has no spread
+    """Frechet distances of generated and of reconstructed images to the true ones."""
+    images = [image for image in generated if image]
+    if min(len(images), len(true)) < 2:  # a single image has no variance
         return {"n": len(true), "drawings": None, "reconstructions": None}
-    reconstructed = _reconstruct(model, true)
-    distances = {
-        name: round(frechet(gallery, images, true), 3)
-        for name, images in (("drawings", present), ("reconstructions", reconstructed))
+    return {
+        "n": len(true),
+        "drawings": round(frechet(gallery, images, true), 3),
+        "reconstructions": round(frechet(gallery, _reconstruct(model, true), true), 3),
     }
-    return {"n": len(true)} | distances
 
 
 def _ranks(
@@ -276,6 +275,7 @@ def _ranks(
     galleries: dict[str | None, Gallery],
     any_style: bool = False,
 ) -> Numbers:
+    """How often the requested thing of an image is among the nearest: {n, top1, top5, top10}."""
     ranks = []
     for image_id, image in zip(ids, images, strict=True):
         row = data.row(image_id)
@@ -283,8 +283,8 @@ def _ranks(
         if style not in galleries:
             galleries[style] = Gallery(data, style)
         gallery = galleries[style]
-        missed = len(gallery.rows)
-        ranks.append(gallery.rank(image, row["codepoints"]) if image else missed)
+        last_rank = len(gallery.rows)  # of a reply without an image
+        ranks.append(gallery.rank(image, row["codepoints"]) if image else last_rank)
     return {"n": len(ranks)} | {f"top{top}": share([r < top for r in ranks]) for top in TOPS}
 
 
@@ -305,11 +305,12 @@ def _first_images(data: EmojiData, limit: int, seed: int) -> list[str]:
 
 
 def _reconstruct(model: Model, images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
-    images_out: list[PIL.Image.Image] = []
+    """The images encoded to codes and decoded again."""
+    tokenizer = model.image_tokenizer
+    decoded: list[PIL.Image.Image] = []
     for start in range(0, len(images), BATCH):
-        tokenizer = model.image_tokenizer
-        images_out += tokenizer.decode(tokenizer.encode(list(images[start : start + BATCH])))
-    return images_out
+        decoded += tokenizer.decode(tokenizer.encode(list(images[start : start + BATCH])))
+    return decoded
 
 
 # ---- samples and prompts
@@ -420,7 +421,7 @@ def update_card(path: Path, tables: Sequence[Sequence[str]]) -> None:
 
 
 def check_card(path: Path) -> None:
-    """Raise `SettingError` where a card cannot take the tables."""
+    """Raise `SettingError` if a card has no place for the tables."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     for heads in (HEAD, REQUESTS_HEAD):
         if heads[0] not in lines:

@@ -135,7 +135,7 @@ def load_samples(folder: Path, config: MixtureConfig) -> list[Sample]:
 
 
 def is_plain(sample: Sample) -> bool:
-    """Whether the images of a sample must keep their colours, as a question or a name needs them."""
+    """Whether the images of a sample must keep their colours: a question or a name needs them."""
     texts = (
         part["text"]
         for message in sample["messages"]
