@@ -30,7 +30,7 @@ from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
-from earlyfusion.recipes.finetune import FinetuneConfig, prepared
+from earlyfusion.recipes.finetune import FinetuneConfig, prepare_model
 from earlyfusion.recipes.finetune import config as recipe
 from earlyfusion.recipes.finetune_7b import config as full
 from earlyfusion.recipes.image_head_7b import config as head
@@ -304,7 +304,7 @@ def finetune_here(model: str, data: str, out: str, *more: str) -> None:
 
 
 def test_dropout_is_set_on_every_block(model: Path, device: torch.device) -> None:
-    transformer = prepared(detect.load(model, device), FinetuneConfig(dropout=0.5)).train()
+    transformer = prepare_model(detect.load(model, device), FinetuneConfig(dropout=0.5)).train()
     tokens = torch.randint(0, CONFIG.vocab_size, (1, 9)).to(device)
     assert not torch.equal(transformer(tokens), transformer(tokens))
     transformer.eval()
@@ -321,7 +321,7 @@ def test_products_that_are_not_trained_stay_small_and_give_the_same(
         widths, logits = [], []
         for precision in ("bf16", "fp32"):
             config = FinetuneConfig(run=RunConfig(precision=precision), **changes)
-            model = prepared(deepcopy(loaded), config).eval()
+            model = prepare_model(deepcopy(loaded), config).eval()
             kinds = {n: p.dtype for n, p in model.named_parameters()}
             widths.append({kinds[n] for n in kinds if n.endswith("proj.weight")})
             assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

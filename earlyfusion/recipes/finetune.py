@@ -114,7 +114,7 @@ def main(config: FinetuneConfig) -> None:
     source = detect.open_source(detect.locate(config.model))
     _check_model(config, source)
     loaded = assemble(source, resolve_device(run.device))
-    model = prepared(loaded, config)
+    model = prepare_model(loaded, config)
     side = loaded.config.vq_config.resolution
     image_tokenizer = ImageTokenizer(loaded.vqgan, side, loaded.resize_mode)
     length = config.length or source.config.max_position_embeddings
@@ -142,20 +142,20 @@ def main(config: FinetuneConfig) -> None:
         return
     for sentence in corpus.report():
         print(sentence, file=sys.stderr)
-    saved = best_folder(run.out) if config.held_out.is_on else run.out
+    checkpoints = best_folder(run.out) if config.held_out.is_on else run.out
     if processes.count() > 1:  # the first process only holds a shard of the model
-        model = prepared(assemble(source), config)
-    if saved != run.out or processes.count() > 1:
-        tensors, state = checkpoint.load(saved, only="model")
-        checkpoint.load_model(model, tensors["model"], saved)
+        model = prepare_model(assemble(source), config)
+    if checkpoints != run.out or processes.count() > 1:
+        tensors, state = checkpoint.load(checkpoints, only="model")
+        checkpoint.load_model(model, tensors["model"], checkpoints)
         if LOSS in state:
             say(f"kept: the weights of step {state['step']:,}, of {LOSS} {state[LOSS]:.4g}")
     if config.lora:
         save_adapter(run.out / "adapter", lora.adapters(model), config.model)
         say(f"the adapter is in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
     if config.merge:
-        texts = read_card(source.folder) | {"README.md": _card(config, corpus, source.folder)}
-        save(run.out / "model", model, loaded, source, corpus.resize_mode, texts)
+        cards = read_card(source.folder) | {"README.md": _card(config, corpus, source.folder)}
+        save_model(run.out / "model", model, loaded, source, corpus.resize_mode, cards)
 
 
 def _validation(config: FinetuneConfig, task: LanguageTask, corpus: Corpus) -> Validation | None:
@@ -183,10 +183,10 @@ def _samples(
     return samples if prompts else None
 
 
-def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
-    """The model with dropout; weights that are trained are fp32. With `precision=bf16`, frozen
-    products of the blocks that are stored in bf16 stay in bf16: the same result in half of the
-    memory."""
+def prepare_model(loaded: Loaded, config: FinetuneConfig) -> Transformer:
+    """Make a loaded model ready for training: dropout, adapters or image rows, and fp32 weights.
+    With `precision=bf16`, frozen matrices of the blocks that are stored in bf16 stay in bf16, which
+    gives the same result in half of the memory."""
     torch.manual_seed(config.run.seed)  # the initial weights of adapters are random numbers
     model = loaded.transformer
     keeps_bf16 = config.trains != "all" and config.run.precision == "bf16"
@@ -206,15 +206,16 @@ def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
     return model
 
 
-def save(
+def save_model(
     folder: Path,
     model: Transformer,
     loaded: Loaded,
     source: Source,
     resize_mode: Mode,
-    papers: Mapping[str, str],
+    cards: Mapping[str, str],
 ) -> None:
-    """Write a model folder in the dtypes of the model that it came from."""
+    """Merge adapters, and write a model folder in the dtypes of the model that the run began with.
+    `cards` are the texts of its model card and licences, by file name."""
     lora.merge(model)
     save_hf(
         folder,
@@ -225,16 +226,17 @@ def save(
         dtype=source.tensors["model.embed_tokens.weight"].dtype,
         vq_dtype=next((stored.dtype for stored in source.vq.values()), None),
         resize_mode=resize_mode,
-        extra_files=papers,
+        extra_files=cards,
     )
 
 
 def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
-    """What the model was tuned on, followed by the card of the model that it began with."""
-    run, names = config.run, {"all": "all weights", "image_head": "the head's image rows"}
+    """The model card: what the model was tuned on, then the card of the model that it began with,
+    from `folder`."""
+    run, trained = config.run, {"all": "all weights", "image_head": "the head's image rows"}
     facts = {
         "began with": config.model,
-        "trained": names.get(config.trains, f"adapters of rank {config.lora}, merged"),
+        "trained": trained.get(config.trains, f"adapters of rank {config.lora}, merged"),
         "data": ", ".join((*config.corpus.data, *config.corpus.added)),
         "rows of data": f"{sum(map(len, corpus.documents)):,}",
         "held out": str(config.held_out.validation or ", ".join(config.held_out.validation_data)),
@@ -243,21 +245,22 @@ def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
         "images of prompts": f"{corpus.resize_mode} (resize_mode)",
     }
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
-    head, old = _split_card(folder)
+    yaml, first_card = _split_card(folder)
     table = "\n".join(["# A fine-tuned model", "", "| | |", "| --- | --- |", *lines])
-    before = f"\n\n---\n\n*The card of the model that it began with:*\n\n{old}" if old else "\n"
-    return f"{head}{table}{before}"
+    title = "\n\n---\n\n*The card of the model that it began with:*\n\n"
+    return f"{yaml}{table}" + (f"{title}{first_card}" if first_card else "\n")
 
 
 def _split_card(folder: Path) -> tuple[str, str]:
     """The YAML at the top of a folder's README.md, and the rest."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = re.match(r"---\n.*?\n---\n+", text, re.DOTALL)
-    return (found[0], text[found.end() :]) if found else ("", text)
+    yaml = re.match(r"---\n.*?\n---\n+", text, re.DOTALL)
+    return (yaml[0], text[yaml.end() :]) if yaml else ("", text)
 
 
 def _check_model(config: FinetuneConfig, source: Source) -> None:
+    """Raise `SettingError` for a model of another family, or rows longer than its context."""
     if source.family != "chameleon":
         raise SettingError(
             f"{config.model} is of the {source.family} family, which spells images in another "
@@ -271,7 +274,8 @@ def _check_model(config: FinetuneConfig, source: Source) -> None:
 
 
 def _check_data(config: FinetuneConfig, corpus: Corpus) -> None:
-    """Refuse data that cannot teach what is trained, and other data than a run began with."""
+    """Raise `DataError` for data that cannot train the image head, and if the run began with other
+    data."""
     if config.trainable == "image_head" and not any(
         d.answer_kinds().any() for d in corpus.documents
     ):
