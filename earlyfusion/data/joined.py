@@ -8,7 +8,7 @@ from itertools import accumulate
 
 
 class Joined:
-    """Lists of these sizes, one after another."""
+    """Lists of these sizes, one after another. Its length is the sum of them."""
 
     def __init__(self, sizes: Iterable[int]) -> None:
         self._ends = list(accumulate(sizes))
@@ -18,6 +18,6 @@ class Joined:
 
     def find(self, number: int) -> tuple[int, int]:
         """The list that holds `number`, and the number within that list."""
-        # To the right of equal ends, as an empty list holds no number.
-        which = bisect_right(self._ends, number)
-        return which, number - (self._ends[which - 1] if which else 0)
+        # `bisect_right` skips empty lists, which hold no number.
+        index = bisect_right(self._ends, number)
+        return index, number - (self._ends[index - 1] if index else 0)

@@ -2,8 +2,8 @@
 
     number -> source, by weight -> position in an epoch of that source -> row, shuffled
 
-The number is the only state, so a run resumes at the exact document, and a rank or a worker takes
-its share of the numbers. Each epoch of a source takes every row once, in a new order.
+The number is the only state, so a run resumes at the exact document, and any process or thread can
+make any document. Each epoch of a source takes every row once, in a new order.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Documents(Numbered, Protocol):
 
     name: str
     fingerprint: str
+    """A digest that changes with the documents."""
     splitter: DocumentSplitter
 
     @property
@@ -71,8 +72,9 @@ class Stage:
 def two_stages(
     first: Mapping[str, float], added: Mapping[str, float], start: int
 ) -> tuple[Stage, ...]:
-    """From `start` on, the sources of `first` and of `added` have half of the weight each. This is
-    how the paper adds data of higher quality (arXiv 2405.09818, section 2.2)."""
+    """Stages of a mixture: at first the sources of `first` alone; from document `start` on, those
+    of `first` and those of `added` have half of the weight each. This is how the paper adds data of
+    higher quality (arXiv 2405.09818, section 2.2)."""
     if not added:
         return (Stage(0, first),)
     # A source may be in both: then it gets a share of each half.
@@ -92,13 +94,14 @@ class SourcePosition(NamedTuple):
 
 
 class Schedule:
-    """The source of each document; exact by weight in every 4,096 documents."""
+    """Which source each document comes from. Every 4,096 documents (a cycle) have exactly the
+    weights of the sources. Raises `SettingError` for weights that are not possible."""
 
     def __init__(self, stages: Sequence[Stage], seed: int) -> None:
         self._stages = sorted(stages, key=lambda stage: stage.start)
         if not stages or self._stages[0].start != 0:
             raise SettingError("the first stage must start at document 0")
-        # Per stage: source -> documents in every cycle.
+        # Per stage: source -> number of documents in every cycle.
         self._slots = [_slots(stage.weights) for stage in self._stages]
         self._cycle = lru_cache(8)(self._new_cycle)
         self._seed = seed
@@ -110,11 +113,11 @@ class Schedule:
     def locate(self, number: int) -> SourcePosition:
         """The source of document `number` of the mixture, and its position within that source."""
         stage = max(i for i, stage in enumerate(self._stages) if stage.start <= number)
-        slots, within = self._slots[stage], number - self._stages[stage].start
-        cycle, at = divmod(within, _CYCLE)
+        slots = self._slots[stage]
+        cycle, slot = divmod(number - self._stages[stage].start, _CYCLE)
         order, ranks = self._cycle(stage, cycle)
-        name = list(slots)[int(order[at])]
-        position = self._taken[stage].get(name, 0) + cycle * slots[name] + int(ranks[at])
+        name = list(slots)[int(order[slot])]
+        position = self._taken[stage].get(name, 0) + cycle * slots[name] + int(ranks[slot])
         return SourcePosition(name, position)
 
     def _new_cycle(self, stage: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +146,8 @@ class Schedule:
 class Mixture:
     """The stream of all sources: `mixture(number)` is a document. A row that is broken or does not
     fit is replaced by the next one of its epoch, and if none of its part of a source can be used,
-    by one of that source's other parts."""
+    by one of that source's other parts. Raises `SettingError` for a stage that names a source that
+    is missing, and when called `DataError` if a source has no usable document."""
 
     def __init__(
         self, sources: Mapping[str, ShuffledDocuments], stages: Sequence[Stage], seed: int
@@ -174,10 +178,13 @@ class Mixture:
 
 
 class Epochs:
-    """The numbers of a source, epoch after epoch, each in a different order. Groups of rows are
-    shuffled, then the rows within pools of groups, so that a Parquet file is read group by group;
-    if any row is cheap to read, one pool holds all. `chosen` are the numbers to use, ascending
-    (None: all)."""
+    """The numbers of a source, epoch after epoch, each epoch in a different order.
+
+    Groups of rows are shuffled, and then the rows within each pool of a few groups, so that a
+    Parquet file is read group by group. If any row is as cheap to read as the next, all rows are
+    one pool. `key` sets the order, together with the seed. `chosen` are the numbers to use,
+    ascending (None: all).
+    """
 
     def __init__(
         self, source: Numbered, seed: int, key: str, chosen: np.ndarray | None = None
@@ -193,22 +200,23 @@ class Epochs:
 
     def number(self, epoch: int, position: int) -> int:
         """The source's number of the document at `position` of an epoch."""
-        number = self._in_pool(epoch, position)
-        return number if self._chosen is None else int(self._chosen[number])
+        index = self._index(epoch, position)
+        return index if self._chosen is None else int(self._chosen[index])
 
-    def _in_pool(self, epoch: int, position: int) -> int:
+    def _index(self, epoch: int, position: int) -> int:
+        """The index among the chosen numbers of the document at `position` of an epoch."""
         pools, sizes, groups, starts = self._pools(epoch)
         pool, at = pools.find(position)
-        within = shuffled(at, int(sizes[pool]), _hash(self._key, f"{epoch} {pool}"))
+        offset = shuffled(at, int(sizes[pool]), _hash(self._key, f"{epoch} {pool}"))
         for group in groups[pool * DECODED_GROUPS : (pool + 1) * DECODED_GROUPS]:
-            if within < self._groups[group]:
-                return int(starts[group]) + within
-            within -= self._groups[group]
+            if offset < self._groups[group]:
+                return int(starts[group]) + offset
+            offset -= self._groups[group]
         raise AssertionError("a pool is the sum of its groups")
 
     def _new_pools(self, epoch: int) -> tuple[Joined, np.ndarray, np.ndarray, np.ndarray]:
-        """An epoch's pools: joined, their sizes; the groups in their order; where each starts. A
-        pool has as many groups as a Parquet file keeps decoded."""
+        """The pools of an epoch, joined, and their sizes; all groups in the order of the epoch, and
+        the first index of each group. A pool has as many groups as a Parquet file keeps decoded."""
         groups = np.asarray(self._groups)
         order = np.random.default_rng([self._key, epoch]).permutation(len(groups))
         sizes = np.add.reduceat(groups[order], np.arange(0, len(groups), DECODED_GROUPS))
@@ -262,7 +270,7 @@ def balance_answers(
 
 
 def _balanced(kind_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """The kinds, ascending, the weight of each, and the most frequent one."""
+    """The kinds of answers, ascending, the weight of each, and the most frequent kind."""
     kinds, counts = np.unique(kind_of, return_counts=True)
     weights = np.minimum(1 / len(kinds), _MOST_REPEATS * counts / counts.sum())
     return kinds, weights, int(kinds[counts.argmax()])
@@ -273,7 +281,7 @@ _MOST_REPEATS = 4
 
 
 def _sizes(groups: Sequence[int], chosen: np.ndarray | None) -> list[int]:
-    """How many of the chosen, ascending numbers each group has."""
+    """How many of the chosen numbers, which are ascending, each group has."""
     if chosen is None:
         return list(groups)
     edges = np.cumsum([0, *groups])
@@ -284,8 +292,8 @@ Item = TypeVar("Item")
 
 
 class PrefetchedStream(Generic[Item]):
-    """A stream whose next items (documents, batches) are prepared by threads while the model
-    trains. Items and order are those of the stream, for any number of workers."""
+    """A stream whose next `depth` items (documents or batches) are prepared by `workers` threads
+    while the model trains. The items and their order are those of `stream`."""
 
     def __init__(self, stream: Callable[[int], Item], workers: int, depth: int = 64) -> None:
         self._stream, self._depth = stream, depth
@@ -295,21 +303,22 @@ class PrefetchedStream(Generic[Item]):
 
     def __call__(self, number: int) -> Item:
         with self._lock:
-            # Drop those that were passed; after a roll-back, also those far ahead.
-            for past in [n for n in self._waiting if not number <= n < number + self._depth]:
-                self._waiting.pop(past).cancel()
-            for coming in range(number, number + self._depth):
-                if coming not in self._waiting:
-                    self._waiting[coming] = self._pool.submit(self._stream, coming)
-            item = self._waiting[number]
-        return item.result()
+            # Drop earlier items; after a roll-back, also those far ahead.
+            for other in [n for n in self._waiting if not number <= n < number + self._depth]:
+                self._waiting.pop(other).cancel()
+            for ahead in range(number, number + self._depth):
+                if ahead not in self._waiting:
+                    self._waiting[ahead] = self._pool.submit(self._stream, ahead)
+            future = self._waiting[number]
+        return future.result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def shuffled(number: int, size: int, key: int) -> int:
-    """Entry `number` of a permutation of 0..size-1, without a table of it: a Feistel network."""
+    """Entry `number` of a pseudo-random permutation of 0..size-1, computed without a table of it,
+    by a Feistel network."""
     bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << bits) - 1
     while True:
@@ -320,7 +329,8 @@ def shuffled(number: int, size: int, key: int) -> int:
                 left ^ (_mixed(right + key + step * 0x9E3779B97F4A7C15) & mask),
             )
         number = left << bits | right
-        # The network permutes all numbers of 2 * bits bits; those past the end go through it again.
+        # The network permutes all numbers of 2 * bits bits; results of `size` or more go through it
+        # again.
         if number < size:
             return number
 
@@ -334,6 +344,7 @@ def _mixed(x: int) -> int:
 
 
 def _hash(seed: int, name: str) -> int:
+    """A hash of 64 bits, the same on every machine."""
     mixed = _mixed(seed + 1)
     for byte in name.encode("utf-8", "surrogatepass"):
         mixed = _mixed(mixed ^ byte)
@@ -341,15 +352,16 @@ def _hash(seed: int, name: str) -> int:
 
 
 def _shares(weights: Mapping[str, float], total: float = 1.0) -> dict[str, float]:
+    """The weights, scaled so that their sum is `total`."""
     for name, weight in weights.items():
         if not 0 < weight < float("inf"):
             raise SettingError(f"weight {weight} of {name} must be over 0: leave the source out")
-    together = sum(weights.values())
-    return {name: total * weight / together for name, weight in weights.items()}
+    weight_sum = sum(weights.values())
+    return {name: total * weight / weight_sum for name, weight in weights.items()}
 
 
 def _slots(weights: Mapping[str, float]) -> dict[str, int]:
-    """Slots of a cycle for each source: rounded down, the rest to the largest remainders."""
+    """The number of documents in a cycle for each source; `SettingError` if one has none."""
     slots = _round_to_slots(weights)
     for name, count in slots.items():
         if not count:
@@ -360,6 +372,7 @@ def _slots(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def _round_to_slots(weights: Mapping[Any, float]) -> dict[Any, int]:
+    """The cycle divided by weight: rounded down, and the rest to the largest remainders."""
     exact = {name: share * _CYCLE for name, share in _shares(weights).items()}
     slots = {name: int(amount) for name, amount in exact.items()}
     left = _CYCLE - sum(slots.values())
