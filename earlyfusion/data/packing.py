@@ -86,8 +86,11 @@ class Rows(Protocol):
     """Where a training takes its batches from: a `Packer`, or rows made on the device."""
 
     cursor: int
+    """The number of the next document."""
     rows: int
+    """Rows of a step, over all processes."""
     length: int
+    """Tokens of a row."""
 
     @property
     def share(self) -> Share: ...
@@ -96,9 +99,9 @@ class Rows(Protocol):
 
 
 class Packer:
-    """Fills batches from a stream, in order; `cursor` is the number of the next document. All
-    processes go through the same documents and each keeps its own block of rows, its `share`, so a
-    step's contents do not depend on the number of processes."""
+    """Packs the documents of a stream into batches, in order. `cursor` is the number of the next
+    document. All processes go through the same documents, and each keeps its own block of rows, its
+    `share`, so the contents of a step do not depend on the number of processes."""
 
     def __init__(
         self,
@@ -122,15 +125,17 @@ class Packer:
         return packer
 
     def next(self) -> PackedBatch:
-        # Rows of other processes are only passed over, not packed.
+        """This process's rows of the next step. Raises `DataError` for a document longer than a
+        row."""
+        # Documents of other processes' rows are read, to know where a row ends, but not packed.
         rank, world_size = self.share
         size = self.rows // world_size
         rows = [self._row() for _ in range(self.rows)]
         return self._packed(rows[rank * size : (rank + 1) * size])
 
     def batches(self, documents: Sequence[TokenSequence], rows: int) -> Iterator[PackedBatch]:
-        """These documents, each once, `rows` rows at a time: this process's share of them. Every
-        process gets equally many batches: rows of padding fill up."""
+        """This process's share of these documents, each packed once, in batches of `rows` rows.
+        Every process gets equally many batches: the last ones are filled with rows of padding."""
         rank, world_size = self.share
         # In order, so that a measurement does not depend on the number of rows.
         packed, free = list[list[TokenSequence]](), 0
@@ -146,6 +151,7 @@ class Packer:
             yield self._packed(packed[at : at + rows])
 
     def _row(self) -> list[TokenSequence]:
+        """The documents of the next row: as many as fit."""
         documents: list[TokenSequence] = []
         free = self.length
         while True:
@@ -177,25 +183,24 @@ class Packer:
 def pack_rows(
     rows: Sequence[Sequence[TokenSequence]], weights: RoleWeights, length: int, pad: int
 ) -> PackedBatch:
-    """Each row's documents one after another, then padding."""
+    """A batch of rows, each of several documents one after another, and then padding. Each document
+    has `len(document) - 1` positions, as its last token is only a target."""
     shape = len(rows), length
     tokens_BT, targets_BT = np.full(shape, pad, np.int64), np.full(shape, pad, np.int64)
     document_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     weight_BT, image_BT = np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
-    for at, documents in enumerate(rows):
+    for row, documents in enumerate(rows):
         start = 0
         for number, document in enumerate(documents):
             span = slice(start, start + len(document) - 1)
             ids, role = np.asarray(document.ids), np.asarray(document.role)
-            tokens_BT[at, span], targets_BT[at, span] = ids[:-1], ids[1:]
-            document_BT[at, span], positions_BT[at, span] = number, np.arange(len(ids) - 1)
-            weight_BT[at, span] = weights.of(role[1:])
-            image_BT[at, span] = (role[1:] == PROMPT_IMAGE) | (role[1:] == ANSWER_IMAGE)
+            tokens_BT[row, span], targets_BT[row, span] = ids[:-1], ids[1:]
+            document_BT[row, span], positions_BT[row, span] = number, np.arange(len(ids) - 1)
+            weight_BT[row, span] = weights.of(role[1:])
+            image_BT[row, span] = (role[1:] == PROMPT_IMAGE) | (role[1:] == ANSWER_IMAGE)
             start = span.stop
         # Padding is one more document, so that no real one attends to it.
-        document_BT[at, start:], positions_BT[at, start:] = (
-            len(documents),
-            np.arange(length - start),
-        )
+        document_BT[row, start:] = len(documents)
+        positions_BT[row, start:] = np.arange(length - start)
     columns = (tokens_BT, targets_BT, document_BT, positions_BT, weight_BT, image_BT)
     return PackedBatch(*map(torch.from_numpy, columns))

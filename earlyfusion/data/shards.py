@@ -1,9 +1,9 @@
 """Token shards: a corpus as tokens on disk, written once and read without images or texts.
 
-A folder of `index.json` and, for each run of rows, two files:
+A folder has `index.json` and, for each shard (consecutive rows), two files:
 
-- `00000.npy`: per token its `id` and its `mark`: the role in bits 0 to 2, bit 3 if it counts in
-  the loss, bit 4 if a segment begins;
+- `00000.npy`: for each token its `id` and its `mark`: the role in bits 0 to 2, bit 3 if it counts
+  in the loss, bit 4 if a segment begins;
 - `00000.documents.npy`: int64 [rows, 3]: first token, number of tokens, what the answers hold. A
   broken row has no tokens but keeps its number.
 
@@ -55,9 +55,10 @@ def write_shard(
     vocabulary_size: int,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write one shard and its note, which is returned. The document of a broken row is None."""
+    """Write one shard and its note: a JSON file of its counts, its checksums and `extra`, which the
+    index replaces in the end. Returns the note. The document of a broken row is None."""
     written = [document or TokenSequence() for document in documents]
-    # An empty document in front, as a shard of broken rows alone has nothing to join.
+    # An empty document in front, as a shard of broken rows alone would have nothing to join.
     tokens = np.concatenate([_tokens_of(d, vocabulary_size) for d in [TokenSequence(), *written]])
     lengths = np.array([len(d) for d in written], np.int64)
     table = np.stack([np.cumsum(lengths) - lengths, lengths, np.asarray(answer_kinds, np.int64)], 1)
@@ -78,15 +79,15 @@ def write_shard(
 
 
 def read_shard_note(folder: Path, number: int) -> dict[str, Any] | None:
-    """The note of `write_shard`, if both files of the shard are there."""
+    """The note that `write_shard` wrote; None if it or a file of the shard is missing."""
     note = _read_json(folder / f"{shard_name(number)}.json")
     files = (note or {}).get("files", {"": 0})
     return note if all((folder / file).is_file() for file in files) else None
 
 
 class TokenShards:
-    """The documents of a folder of shards, for `mixture`. Raises `DataError` if the folder is
-    incomplete, damaged, or made for another model."""
+    """The documents of a folder of shards: a `mixture.Documents`. Raises `DataError` if the folder
+    is incomplete, damaged, or made for another model."""
 
     is_random = True
     last_refusal = ""  # broken rows are named where the shards were made
@@ -109,7 +110,7 @@ class TokenShards:
         return len(self._rows)
 
     def document(self, number: int) -> TokenSequence:
-        """Document `number` whole; without tokens if its row was broken."""
+        """The whole document `number`; without tokens if its row was broken."""
         shard, at = self._rows.find(number)
         tokens, table = self._open(shard)
         start, length, _ = table[at].tolist()
@@ -136,6 +137,7 @@ class TokenShards:
 
 
 def is_shards(folder: Path) -> bool:
+    """Whether the folder holds token shards, complete or not."""
     return (_read_json(folder / INDEX) or {}).get("format") == FORMAT
 
 
@@ -148,6 +150,7 @@ def shards_mode(folder: Path) -> str:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
+    """The contents of `index.json`. Raises `DataError` if the folder holds no token shards."""
     index = _read_json(folder / INDEX)
     if index is None or index.get("format") != FORMAT:
         raise DataError(f"{folder} holds no token shards: make them with earlyfusion tokenize")
@@ -155,12 +158,12 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    # One entry per line, for people who read it.
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     _write(path, lambda file: file.write(text.encode()))
 
 
 def checksum(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -189,6 +192,7 @@ def _tokens_of(document: TokenSequence, vocabulary_size: int) -> np.ndarray:
 
 
 def _document_of(tokens: np.ndarray) -> TokenSequence:
+    """A document from its stored form."""
     mark = np.asarray(tokens["mark"])
     role = mark & _ROLE
     begins = np.flatnonzero(mark & _BEGINS)
@@ -198,12 +202,12 @@ def _document_of(tokens: np.ndarray) -> TokenSequence:
 
 
 def _spans(role: np.ndarray, begins: np.ndarray) -> list[tuple[int, int, Modality]]:
-    """Segments from where they begin: each ends at the next one or the next control token."""
+    """The segments that begin there: each ends at the next one or at the next control token."""
     edges = np.union1d(np.flatnonzero(role == CONTROL), begins).tolist()
-    after = dict(zip(edges, [*edges, len(role)][1:], strict=True))
+    end_of = dict(zip(edges, [*edges, len(role)][1:], strict=True))
     modalities: dict[bool, Modality] = {True: "image", False: "text"}
     return [
-        (start, after[start], modalities[role[start] in (PROMPT_IMAGE, ANSWER_IMAGE)])
+        (start, end_of[start], modalities[role[start] in (PROMPT_IMAGE, ANSWER_IMAGE)])
         for start in begins.tolist()
     ]
 
