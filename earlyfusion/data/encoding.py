@@ -128,7 +128,8 @@ class Encoder:
         return ReadRow(form, answer_kind, turns)
 
     def encode(self, batch: Sequence[ReadRow]) -> list[TokenSequence | None]:
-        """Documents of rows, None for the quarantine; the images of all rows are one batch."""
+        """The document of each row, None if it went to the quarantine. The images of all rows are
+        encoded in one batch."""
         codes = iter(self._encode_images([image for read in batch for image in read.images]))
         return [None if read.turns is None else self._document(read, codes) for read in batch]
 
@@ -137,16 +138,16 @@ class Encoder:
         return example_of(row, image_first, plain_pairs=self.settings.pairs == "document")
 
     def _image_first(self, number: int) -> bool:
-        # Depends on the row's number alone, so shards and raw rows turn the same pairs around.
+        # Depends on the row's number alone, so that it is the same in shards and for raw rows.
         uniform = np.random.default_rng([self.settings.pair_seed, number]).random()
         return bool(uniform < self.settings.image_first)
 
     def _encode_images(self, images: Sequence[tuple[Role, Image]]) -> list[np.ndarray]:
-        """Codes of images in order; a batch per role, as roles have different resize modes."""
+        """The codes [h, w] of each image; one batch per role, as roles have different modes."""
         codes_of: list[np.ndarray] = [np.empty(0)] * len(images)
         modes = {"user": self.settings.mode, "assistant": cast("Mode", self.settings.answer_images)}
-        for speaker, mode in modes.items():
-            numbers = [number for number, (role, _) in enumerate(images) if role == speaker]
+        for role, mode in modes.items():
+            numbers = [number for number, (r, _) in enumerate(images) if r == role]
             codes = self._image_tokenizer.encode([images[n][1] for n in numbers], mode)
             for number, codes_hw in zip(numbers, codes.cpu().numpy(), strict=True):
                 codes_of[number] = codes_hw
@@ -226,6 +227,7 @@ class DocumentSplitter:
 def _first_exchanges(
     document: TokenSequence, limit: int, vocabulary: Vocabulary
 ) -> list[TokenSequence]:
+    """The first exchanges of a dialogue that fit, as one piece; none if the first does not."""
     role = document.role
     # The end of turn that closed the answer becomes eos.
     ends = [
@@ -245,6 +247,7 @@ def _first_exchanges(
 def _split_at_segments(
     document: TokenSequence, limit: int, vocabulary: Vocabulary
 ) -> list[TokenSequence]:
+    """The segments of a plain document, as many in a piece as fit; none if an image does not."""
     room = limit - 2  # without bos, and without eos after the last
     blocks = [
         (document.ids[start:end], modality)
@@ -266,11 +269,12 @@ def _split_at_segments(
 
 
 def _blocks(first: int, last: int, size: int) -> list[tuple[int, int]]:
+    """The span from `first` to `last` in spans of at most `size`."""
     return [(at, min(last, at + size)) for at in range(first, last, max(1, size))]
 
 
 def fingerprints(processor: Processor, image_tokenizer: ImageTokenizer) -> dict[str, str]:
-    """Digests of the tokenizer and the image tokenizer, on which a corpus's tokens depend."""
+    """Digests of the tokenizer and the image tokenizer, on which the tokens of a corpus depend."""
     return {
         "tokenizer": _tokenizer_digest(processor),
         "image_tokenizer": _image_tokenizer_digest(processor, image_tokenizer),

@@ -1,9 +1,9 @@
-"""Images of any source by number: files of images, or the rows of tables.
+"""Images of any source by number: image files, or the rows of tables.
 
     number -> source -> an image file, or a row and one of its images
 
-An image that cannot be read goes to the quarantine and is replaced by the next one. A step's batch
-depends only on the seed and the step's number.
+An image that cannot be read goes to the quarantine and is replaced by the next one. The batch of a
+step depends only on the seed and the number of the step.
 """
 
 # Shapes: B batch, Y X pixels.
@@ -33,7 +33,7 @@ from earlyfusion.files import expanded, files_under
 from earlyfusion.image_tokenizer import cropped
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-_TRIES = 1000
+_TRIES = 1000  # consecutive images that may be broken
 
 
 @dataclass
@@ -74,12 +74,12 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, number: int, which: float) -> PIL.Image.Image:
-        """An image; of several under one number, the one at `which`, a fraction from 0 to 1.
-        Raises `DataError` or `ImageError`."""
+        """Image `number`. If a row has several images, `which`, from 0 to below 1, chooses one of
+        them. Raises `DataError` or `ImageError`."""
         ...
 
     def find(self, number: int) -> tuple[Path, int]:
-        """The file of a number, and the row in it, from 0."""
+        """The file of image `number`, and its row in that file, from 0."""
         ...
 
 
@@ -182,6 +182,7 @@ def _pil(image: Image) -> PIL.Image.Image:
 
 
 Crop = Callable[[PIL.Image.Image, np.random.Generator], PIL.Image.Image]
+"""Makes an image square, at one size for all."""
 
 
 @dataclass
@@ -204,8 +205,8 @@ class CropConfig:
 def random_crop(
     image: PIL.Image.Image, side: int, config: CropConfig, rng: np.random.Generator
 ) -> PIL.Image.Image:
-    """A random square, resized to `side` x `side`. It covers at least `side` pixels of the image
-    if possible, so that nothing is enlarged."""
+    """A random square of the image, resized to `side` x `side` pixels and perhaps mirrored. The
+    square is not smaller than that if the image is not, so that it is not enlarged."""
     # The box has fractional sides, so that cropping and resizing are one filter.
     width, height = image.size
     shorter = min(width, height)
@@ -225,8 +226,12 @@ def to_pixels(images: Sequence[PIL.Image.Image]) -> Tensor:
 
 
 class ImageBatches:
-    """Batches of cropped images; batch k depends only on the seed and k. `share` (which process,
-    of how many) says which block of each batch is made."""
+    """Batches of cropped images: float32 [B, 3, Y, X]; batch k depends only on the seed and k.
+
+    `chosen` are the numbers of the images to use, ascending (None: all). `batch` is the number of
+    images of a step over all processes; `share`, the rank of this process and the number of
+    processes, says which block of it is made. Raises `DataError` when too many images are broken.
+    """
 
     def __init__(
         self,
@@ -252,11 +257,12 @@ class ImageBatches:
         return to_pixels([self._image(number) for number in range(first, first + size)])
 
     def _image(self, number: int) -> PIL.Image.Image:
-        for turn in range(number, number + _TRIES):
-            # By the number in the batch, not the image's, so that each epoch crops differently.
-            rng = np.random.default_rng([self._seed, number, turn - number])
-            at = self._epochs.number(*divmod(turn, len(self._epochs)))
-            image = read_or_quarantine(self._images, at, rng.random(), self._quarantine)
+        """Image `number` of the run, or the first one after it that can be read."""
+        for attempt in range(_TRIES):
+            # By the number in the run, not the image's, so that each epoch crops differently.
+            rng = np.random.default_rng([self._seed, number, attempt])
+            image_number = self._epochs.number(*divmod(number + attempt, len(self._epochs)))
+            image = read_or_quarantine(self._images, image_number, rng.random(), self._quarantine)
             if image is not None:
                 return self._crop(image, rng)
         raise DataError(f"none of {_TRIES} images is whole: see {self._quarantine.path}")
@@ -277,7 +283,8 @@ def read_or_quarantine(
 
 
 def hold_out(images: Images, count: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers to check on, at most this share, and the others; the same for every run's seed."""
+    """Numbers of `count` images to check on, but at most the share `most` of all, and the numbers
+    of the others."""
     # A fixed seed, so that runs of other seeds are measured on the same images.
     total = len(images)
     held = min(count, int(most * total))
@@ -288,7 +295,7 @@ def hold_out(images: Images, count: int, most: float = 0.1) -> tuple[np.ndarray,
 def centre_crops(
     images: Images, numbers: Iterable[int], side: int, quarantine: Quarantine
 ) -> Tensor:
-    """The centres of the images that can be read: float32 [B, 3, side, side]."""
+    """The central squares of the images that can be read: float32 [B, 3, side, side]."""
     read = (read_or_quarantine(images, int(number), 0.0, quarantine) for number in numbers)
     squares = [cropped(image, side) for image in read if image is not None]
     return to_pixels(squares) if squares else torch.empty(0, 3, side, side)

@@ -62,6 +62,7 @@ class Rows:
         return len(self._numbers)
 
     def find(self, number: int) -> tuple[Table, int]:
+        """The table of row `number`, and its number in that table."""
         table, at = self._numbers.find(number)
         return self.tables[table], at
 
@@ -168,6 +169,7 @@ class Quarantine:
         self._lock = threading.Lock()
 
     def accept(self, rows: int = 1) -> None:
+        """Count usable rows."""
         with self._lock:
             self.good += rows
 

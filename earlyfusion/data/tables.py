@@ -51,13 +51,17 @@ class Table(Protocol):
     is_random: bool
     """Whether any row is as cheap to read as the next one."""
 
-    def row(self, number: int) -> dict[str, Any]: ...
+    def row(self, number: int) -> dict[str, Any]:
+        """Row `number` of the file, from 0. Raises `DataError` if it is damaged."""
+        ...
 
     def outlines(self) -> Outlines:
         """All rows in order, with one byte in place of each image's; None for a damaged row."""
         ...
 
-    def read(self, row: Mapping[str, Any], name: str) -> bytes: ...
+    def read(self, row: Mapping[str, Any], name: str) -> bytes:
+        """The bytes of the image that a row names. Raises `DataError` if it cannot be read."""
+        ...
 
 
 class ImageFolder:
@@ -67,6 +71,7 @@ class ImageFolder:
         self._folder, self._confined = folder, confined
 
     def read(self, name: str) -> bytes:
+        """The bytes of a file of the folder, or of a data URL. Raises `DataError`."""
         if "://" in name:
             raise DataError(f"the image {name[:80]} is on the net: download it and give its file")
         if name.startswith("data:"):

@@ -1,6 +1,6 @@
-"""A corpus -> token shards, by any number of processes; `shards` describes the files. Every shard
-is a run of rows and depends on nothing else, so it can be made anywhere and in any order. A
-repeated command only makes the missing shards."""
+"""A corpus -> token shards, by any number of processes; `shards` describes the files. A shard
+depends only on its rows, so shards can be made anywhere and in any order. A repeated command only
+makes the missing ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ QUARANTINE = "quarantine.jsonl"
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of the finished folder; `forms` counts the usable rows by form."""
+    """Counts of the finished folder. `forms` counts the usable rows by form; `made_now` are the
+    shards that this command made."""
 
     path: Path
     rows: int
