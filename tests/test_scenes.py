@@ -165,7 +165,7 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
     counted = placed = 0
     for scene in all_scenes:
         counts = scene.counts()
-        assert 1 <= sum(counts.values()) <= scenes.MOST_CELLS
+        assert 1 <= sum(counts.values()) <= scenes.MAX_CELLS
         named = {data.row(i)["en"]: n for i, n in counts.items()}
         for question, answer in scenes.scene_questions(data, scene, "en", rng):
             requests = [n for name, n in named.items() if scenes.plural(name) in question]

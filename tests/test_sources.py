@@ -591,7 +591,8 @@ def test_broken_rows_are_listed_with_their_reason_and_counted(
 
 def test_too_many_broken_rows_end_the_run(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", 0.1)
-    quarantine.accept(90)
+    for _ in range(90):
+        quarantine.accept()
     for row in range(10):
         quarantine.refuse(Path("a"), row, "why")
     with pytest.raises(DataError, match=r"11 of 101 rows are broken, the limit is 10%.*why"):

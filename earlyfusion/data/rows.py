@@ -168,10 +168,10 @@ class Quarantine:
         self._written = _written(path)
         self._lock = threading.Lock()
 
-    def accept(self, rows: int = 1) -> None:
-        """Count usable rows."""
+    def accept(self) -> None:
+        """Count a usable row."""
         with self._lock:
-            self.good += rows
+            self.good += 1
 
     def refuse(self, file: Path, row: int, reason: str) -> None:
         """Write down a row, numbered from 1; `DataError` if too many were refused."""

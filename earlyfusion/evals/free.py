@@ -1,6 +1,6 @@
-"""Requests in free words, unknown things, scenes, and images of several seeds.
+"""Evaluations of free wordings, refusals, scenes and variety over seeds.
 
-In all of these but the seeds the model itself chooses between text and images (`auto`). The
+For free wordings and refusals the model itself chooses between text and images (`auto`). The
 requests and the unknown things are those that training never uses
 (`earlyfusion.mini.emoji.wordings.HELD_OUT`, `scenes.HELD_OUT_THINGS`).
 """
@@ -29,24 +29,24 @@ from earlyfusion.mini.emoji.scenes import (
 from earlyfusion.mini.emoji.wordings import HELD_OUT, FreeRequest
 
 SEED_PROMPTS = {"Draw a cat.": "cat", "Draw a house.": "house", "Draw an elephant.": "elephant"}
-"""A request, and the word that names of what it asks for have."""
+"""A request, and a word that is in the names of all things that it may mean."""
 SEEDS = 8
-NOT_TRAINED = 1  # seed of the made images, of which training has those of seed 0
+NOT_TRAINED = 1  # seed of synthetic images; training has those of seed 0
 _YES = {"yes", "응", "네", "예"}
 _NO = {"no", "아니", "아니요", "아니오"}
 
 
 def seeds(model: Model, gallery: Gallery) -> dict[str, Numbers]:
-    """Images of `SEEDS` seeds: {prompt: {n, different, right}}.
+    """The images of `SEEDS` seeds for each of a few requests: {prompt: {n, different, right}}.
 
-    Different: see `gallery.count_different`. Right: the nearest of all training images has a name
-    with the requested word ("cat face" is a cat).
+    `different` is `gallery.count_different`. `right` is the number of images whose nearest training
+    image has a name with the requested word ("cat face" is a cat).
     """
     report = {}
     for prompt, word in SEED_PROMPTS.items():
-        found = generate_replies(model, [prompt] * SEEDS, "image", seeded_sampling(SEEDS, 0))
-        images = [image for reply in found for image in reply.images[:1]]
-        right = sum(word in gallery.nearest(p)["en"].split() for p in images)
+        replies = generate_replies(model, [prompt] * SEEDS, "image", seeded_sampling(SEEDS, 0))
+        images = [image for reply in replies for image in reply.images[:1]]
+        right = sum(word in gallery.nearest(image)["en"].split() for image in images)
         report[prompt] = {"n": SEEDS, "different": count_different(gallery, images), "right": right}
     return report
 
@@ -65,20 +65,22 @@ def wordings(model: Model, data: EmojiData, gallery: Gallery) -> Numbers:
         first.setdefault(data.row(image_id)["codepoints"], data.row(image_id))
     requests = [r for r in HELD_OUT if _is_answerable(data, first, r)]
     prompts = [[*(Image(data.image(first[c]["id"])) for c in r.images), r.text] for r in requests]
-    found = generate_replies(model, prompts, "auto", seeded_sampling(len(prompts), 0, max_images=5))
+    sampling = seeded_sampling(len(prompts), 0, max_images=5)
+    replies = generate_replies(model, prompts, "auto", sampling)
     verdicts = [
-        judge(reply, r, data, first, gallery) for reply, r in zip(found, requests, strict=True)
+        judge(reply, r, data, first, gallery) for reply, r in zip(replies, requests, strict=True)
     ]
     listed = [
         {"lang": r.lang, "request": r.text, "wants": r.answer, "reply": reply_line(reply)}
         | {"kind": kind, "right": right}
-        for r, reply, (kind, right) in zip(requests, found, verdicts, strict=True)
+        for r, reply, (kind, right) in zip(requests, replies, verdicts, strict=True)
     ]
     kinds, rights = [kind for kind, _ in verdicts], [right for _, right in verdicts]
     return {"n": len(requests), "kind": share(kinds), "right": share(rights), "replies": listed}
 
 
 def _is_answerable(data: EmojiData, first: dict[str, Row], request: FreeRequest) -> bool:
+    """Whether the data has the images of a request, and a right answer."""
     if request.answer == "list":
         return any(row["subgroup"].startswith(request.expected) for row in data.rows)
     known = [c in first for c in request.expected]
@@ -88,7 +90,8 @@ def _is_answerable(data: EmojiData, first: dict[str, Row], request: FreeRequest)
 def judge(
     reply: Any, request: FreeRequest, data: EmojiData, first: dict[str, Row], gallery: Gallery
 ) -> tuple[bool, bool]:
-    """Whether a reply is of the right kind, and whether it has the right thing too."""
+    """Whether a reply is of the right kind, and whether it also has the right thing. `first` has
+    the first training image of each thing, by concept."""
     answer, lang, text = request.answer, request.lang, normalise(reply.text)
     if answer == "draw":
         kind = len(reply.images) > 0
@@ -114,7 +117,7 @@ def judge(
 
 
 def _judge_list(reply: Any, request: FreeRequest, data: EmojiData) -> tuple[bool, bool]:
-    """Names before their images; right if all names are of the requested kind."""
+    """A list needs two names and two images; it is right if all names are of the requested kind."""
     rows = [r for r in data.rows if r["subgroup"].startswith(request.expected)]
     names = {normalise(name_of(r, request.lang)) for r in rows}
     texts = [s.text for s in reply.segments if isinstance(s, Text)]

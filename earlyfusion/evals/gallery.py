@@ -1,9 +1,10 @@
-"""How alike generated images and those of the emoji data are: features, nearest images, distances.
+"""Evaluations of generated images: features, nearest images of the emoji data, distances.
 
-Every image becomes two blocks of numbers: RGB at 16 x 16 after a light blur, and the mean edge
-strength of its grey version in 16 x 16 cells. Each block is divided by its standard deviation over
-the images that are compared with; images compare by the mean squared difference, edges counting
-half. Nothing here is learnt, so that results of different versions can be compared.
+The features of an image are two blocks of numbers: RGB at 16 x 16 after a light blur, and the mean
+edge strength of its grey version in 16 x 16 cells. Each block is divided by its standard deviation
+over the images of a gallery. The distance of two images is the mean squared difference of their
+features, in which edges count half. Nothing here is learnt, so that results of different versions
+can be compared.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ Features: TypeAlias = npt.NDArray[np.float32]
 
 COMPONENTS = 32
 _THREADS = 8  # Pillow releases Python's lock
-_PAIRS = 2000
+_PAIRS = 2000  # of which `between_styles` is the median
 
 
 class Gallery:
-    """Images with which generated ones are compared: those of one style, or all training images."""
+    """The images that generated ones are compared with: those of one style, or all training images
+    but icons. `dataset_rows` describe them, `rows` are their features, [n, 1024]."""
 
     def __init__(self, data: EmojiData, style: str | None = None) -> None:
         rows = [r for r in data.rows if r["style"] == style]
@@ -40,24 +42,26 @@ class Gallery:
             blocks = list(pool.map(lambda row: features(data.image(row["id"])), rows))
         colours, edges = (np.stack(block) for block in zip(*blocks, strict=True))
         self.scales = (float(colours.std()) or 1.0, float(edges.std()) or 1.0)
-        self.rows = np.stack([self._join(*block) for block in blocks])
+        self.rows = np.stack([self._scale(*block) for block in blocks])
 
     def rank(self, image: PIL.Image.Image, concept: str) -> int:
-        """How many other concepts are nearer to the image than this one: 0 is a hit."""
+        """How many other concepts have an image that is nearer than all images of this one; 0 if
+        this one is the nearest."""
         distances = ((self.rows - self.embed(image)) ** 2).sum(1)
         nearest = distances[self.concepts == concept].min()
         return len(set(self.concepts[distances < nearest].tolist()) - {concept})
 
     def nearest(self, image: PIL.Image.Image) -> Row:
-        """The row of the image that is nearest."""
+        """The row of the nearest image."""
         return self.dataset_rows[int(((self.rows - self.embed(image)) ** 2).sum(1).argmin())]
 
     def embed(self, image: PIL.Image.Image) -> Features:
-        """The image's point, among those of `rows`."""
-        return self._join(*features(image))
+        """The features of an image, scaled as those of `rows`: [1024]."""
+        return self._scale(*features(image))
 
     def between_styles(self) -> float:
-        """The median squared distance of two images of one thing in different styles."""
+        """The median distance of two images of one thing in different styles; 1 if there are no
+        such images."""
         rng, by_concept = random.Random(0), dict[str, list[int]]()
         for number, concept in enumerate(self.concepts.tolist()):
             by_concept.setdefault(concept, []).append(number)
@@ -72,7 +76,8 @@ class Gallery:
         ]
         return float(np.median(distances)) if distances else 1.0
 
-    def _join(self, colours: Features, edges: Features) -> Features:
+    def _scale(self, colours: Features, edges: Features) -> Features:
+        """Both blocks as one vector, so that squared distances are those of this file's top."""
         weights = (
             1 / self.scales[0] / colours.size**0.5,
             0.5**0.5 / self.scales[1] / edges.size**0.5,
@@ -92,21 +97,20 @@ def features(image: PIL.Image.Image) -> tuple[Features, Features]:
 
 
 def resized(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """The image at a size (width, height)."""
     if image.size == size:
         return image
     return image.resize(size, PIL.Image.Resampling.LANCZOS)
 
 
 def count_different(gallery: Gallery, images: Sequence[PIL.Image.Image]) -> int:
-    """How many of the images differ from each other.
-
-    An image counts if its distance to all that count already is over half of `between_styles`.
-    """
-    threshold, counted = gallery.between_styles() / 2, list[Features]()
-    for point in map(gallery.embed, images):
-        if all(float(((point - other) ** 2).sum()) > threshold for other in counted):
-            counted.append(point)
-    return len(counted)
+    """How many of the images differ from each other: in order, those whose distance to all images
+    that count already is over half of `between_styles`."""
+    threshold, different = gallery.between_styles() / 2, list[Features]()
+    for features_ in map(gallery.embed, images):
+        if all(float(((features_ - other) ** 2).sum()) > threshold for other in different):
+            different.append(features_)
+    return len(different)
 
 
 def frechet(

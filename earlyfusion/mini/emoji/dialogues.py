@@ -50,6 +50,9 @@ UNCOLOURED_GROUPS = {"flags", "smileys-emotion", "symbols", "people-body"}
 HARDEST_LAST = ["train", "val-pair", "val-concept", "test-pair", "test-concept"]
 
 
+# ---- parts and turns of a sample, as its JSON has them
+
+
 def text_part(text: str) -> Part:
     return {"type": "text", "text": text}
 
@@ -62,18 +65,19 @@ def user(*parts: Part) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-def styled_name(row: Row, lang: str) -> str:
-    """The name with the style, as an answer says it."""
-    word = "style" if lang == "en" else "스타일"
-    return f"{name_of(row, lang)}, {style_of(row, lang)} {word}"
-
-
 def assistant(*parts: Part) -> dict[str, Any]:
     return {"role": "assistant", "content": list(parts)}
 
 
+def styled_name(row: Row, lang: str) -> str:
+    """The name with the style, as an answer says it: "cat face, Noto style"."""
+    word = "style" if lang == "en" else "스타일"
+    return f"{name_of(row, lang)}, {style_of(row, lang)} {word}"
+
+
 class Writer:
-    """Writes one sample per call; a task returns None if the rows that it chose do not suit it."""
+    """Writes samples, one per call, with random choices of `rng`. A task returns None if the rows
+    that it chose are not suitable. The other arguments are those of `Dialogues`."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Synthetic images, and dialogues about them: counting, positions, unknown things.
 
-The id of a synthetic image says how it is made, so that anyone with the data can make it:
+The id of a synthetic image says how it is made, so that it can be made from the data alone:
 
   scene/3x2:noto/1f34e,noto/1f34c,,,,   small images in 3 columns and 2 rows; "" is an empty cell
   scrambled/7:noto/1f34e                its 16 tiles in random order; 7 is the seed
@@ -33,9 +33,9 @@ from earlyfusion.mini.emoji.pools import VAGUE, Pools, name_of
 
 UNKNOWN_ANSWER = {"en": "I do not know this one.", "ko": "이건 모르겠어."}
 ORDERED = 0.5  # share of scenes whose things are in the order of a requested scene
-MOST_CELLS = 6
+MAX_CELLS = 6
 TILES = 4  # a scrambled image is split into 4 x 4 tiles
-EMPTY = ""
+EMPTY = ""  # a cell without an image
 _GRIDS = {4: (2, 2), 6: (3, 2)}
 _COUNTED = {"animals-nature", "food-drink", "travel-places", "objects", "activities"}
 _NUMBERS = {
@@ -117,7 +117,7 @@ HELD_OUT_THINGS = [
 
 
 class Scene(NamedTuple):
-    """Images in a grid, row by row; `EMPTY` where there is none."""
+    """A grid of images: `cells` are their ids, row by row, `EMPTY` where there is none."""
 
     columns: int
     rows: int
@@ -129,6 +129,7 @@ class Scene(NamedTuple):
 
     @classmethod
     def of(cls, image_id: str) -> Scene:
+        """The scene with this id."""
         size, cells = image_id.removeprefix("scene/").split(":")
         columns, rows = map(int, size.split("x"))
         return cls(columns, rows, tuple(cells.split(",")))
@@ -139,7 +140,7 @@ class Scene(NamedTuple):
         return {cell: used.count(cell) for cell in dict.fromkeys(used)}
 
     def beside(self, cell: int, step: tuple[int, int]) -> str:
-        """The image in the cell that is `step` columns and rows from another; or `EMPTY`."""
+        """The image `step` (columns, rows) away from a cell; `EMPTY` if there is none."""
         row, column = divmod(cell, self.columns)
         column, row = column + step[0], row + step[1]
         is_inside = 0 <= column < self.columns and 0 <= row < self.rows
@@ -150,7 +151,8 @@ class Scene(NamedTuple):
 
 
 def scenes(data: EmojiData, count: int, seed: int = 0) -> list[Scene]:
-    """`count` scenes of training images, reproducible by seed; none if no thing is suitable."""
+    """`count` scenes of training images, the same for the same seed. Empty if no thing of the data
+    can be counted (`is_counted`)."""
     rng = random.Random(f"scenes-{seed}")
     pool = [row for row in Pools(data, "train").rows if is_counted(row)]
     if not pool:
@@ -167,7 +169,7 @@ def _scene(pool: list[Row], by_style: dict[str, list[Row]], rng: random.Random) 
     numbers = [rng.randint(1, 4), rng.randint(1, 2)]
     one_kind = other["family"] == first["family"] or rng.random() < 0.35
     images = [first["id"]] * numbers[0] + ([] if one_kind else [other["id"]] * numbers[1])
-    columns, rows = _GRIDS[4 if len(images) <= 4 else MOST_CELLS]
+    columns, rows = _GRIDS[4 if len(images) <= 4 else MAX_CELLS]
     cells = images + [EMPTY] * (columns * rows - len(images))
     if rng.random() >= ORDERED:
         rng.shuffle(cells)
@@ -187,7 +189,8 @@ def is_counted(row: Row) -> bool:
 
 
 def unknown_image_ids(data: EmojiData, count: int, seed: int = 0) -> list[str]:
-    """Ids of images that show nothing known: noise, scrambled ones, icons if there are any."""
+    """Ids of at most `count` images that show nothing known: noise, scrambled images, and icons if
+    the data has any."""
     rng = random.Random(f"strangers-{seed}")
     known, icons = data.split("train"), data.split("unknown-train")
     ids = []
@@ -208,23 +211,22 @@ def unknown_image_ids(data: EmojiData, count: int, seed: int = 0) -> list[str]:
 def make_synthetic_images(
     ids: Sequence[str], table_PYXC: Tensor, numbers: Mapping[str, int]
 ) -> Tensor:
-    """The synthetic images, on the device of the table: uint8 [len(ids), Y, X, C].
-
-    `numbers` are the rows of the table, by the ids of the images that they are made of.
-    """
+    """The pixels of synthetic images, on the device of the table: uint8 [len(ids), Y, X, 3]. Other
+    ids give white images. `table_PYXC` has the images that they are made of; `numbers` maps the
+    ids of these to rows of the table."""
     side = table_PYXC.shape[1]
     out = torch.full((len(ids), side, side, 3), 255, dtype=torch.uint8, device=table_PYXC.device)
     for columns, rows in sorted(set(_GRIDS.values())):
-        head = f"scene/{columns}x{rows}:"
-        of_grid = [n for n, name in enumerate(ids) if name.startswith(head)]
+        prefix = f"scene/{columns}x{rows}:"
+        of_grid = [n for n, image_id in enumerate(ids) if image_id.startswith(prefix)]
         if of_grid:
             _paste(out, of_grid, [Scene.of(ids[n]) for n in of_grid], table_PYXC, numbers)
-    for n, name in enumerate(ids):
-        if name.startswith("scrambled/"):
-            seed, of = name.removeprefix("scrambled/").split(":")
-            out[n] = _scramble(table_PYXC[numbers[of]], int(seed))
-        elif name.startswith("noise/"):
-            out[n] = _noise(side, int(name.removeprefix("noise/"))).to(out.device)
+    for n, image_id in enumerate(ids):
+        if image_id.startswith("scrambled/"):
+            seed, original = image_id.removeprefix("scrambled/").split(":")
+            out[n] = _scramble(table_PYXC[numbers[original]], int(seed))
+        elif image_id.startswith("noise/"):
+            out[n] = _noise(side, int(image_id.removeprefix("noise/"))).to(out.device)
     return out
 
 
@@ -264,12 +266,14 @@ def _paste(
 
 
 def _shrink(images_BYXC: Tensor, side: int) -> Tensor:
+    """Square images at another side, as bytes."""
     pixels = images_BYXC.permute(0, 3, 1, 2).float()
     small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _scramble(image_YXC: Tensor, seed: int) -> Tensor:
+    """The image with its tiles in random order; pixels that fill no tile become white."""
     side = image_YXC.shape[0] // TILES
     if not side:
         return image_YXC
@@ -277,15 +281,16 @@ def _scramble(image_YXC: Tensor, seed: int) -> Tensor:
     random.Random(f"tiles-{seed}").shuffle(order)
     inner = image_YXC[: side * TILES, : side * TILES]
     tiles = inner.reshape(TILES, side, TILES, side, 3).transpose(1, 2).reshape(-1, side, side, 3)
-    mixed = tiles[torch.tensor(order, device=tiles.device)]
+    shuffled = tiles[torch.tensor(order, device=tiles.device)]
     out = torch.full_like(image_YXC, 255)
     out[: side * TILES, : side * TILES] = (
-        mixed.reshape(TILES, TILES, side, side, 3).transpose(1, 2).reshape(inner.shape)
+        shuffled.reshape(TILES, TILES, side, side, 3).transpose(1, 2).reshape(inner.shape)
     )
     return out
 
 
 def _noise(side: int, seed: int) -> Tensor:
+    """Patches of random colours, of one of four sizes, with sharp or smooth edges."""
     generator = torch.Generator().manual_seed(seed)
     patches = (2, 4, 8, 16)[seed % 4]
     colours = torch.rand(1, 3, patches, patches, generator=generator) * 255
@@ -295,7 +300,7 @@ def _noise(side: int, seed: int) -> Tensor:
 
 
 def image_of(data: EmojiData, image_id: str) -> PIL.Image.Image:
-    """The image of any id, from the data or synthetic: RGB, 128 x 128."""
+    """The image with this id, from the data or synthetic: RGB, 128 x 128."""
     if image_id.startswith("scene/"):
         parts = list(Scene.of(image_id).counts())
     elif image_id.startswith("scrambled/"):
@@ -309,8 +314,8 @@ def image_of(data: EmojiData, image_id: str) -> PIL.Image.Image:
         np.zeros((side, side, 3), np.uint8)
     ]
     numbers = {part: number for number, part in enumerate(parts)}
-    made = make_synthetic_images([image_id], torch.from_numpy(np.stack(table)), numbers)
-    return PIL.Image.fromarray(made[0].numpy())
+    images = make_synthetic_images([image_id], torch.from_numpy(np.stack(table)), numbers)
+    return PIL.Image.fromarray(images[0].numpy())
 
 
 # ---- dialogues about scenes
