@@ -69,7 +69,9 @@ class _Encoded(NamedTuple):
 
 
 class RowDocuments:
-    """Raw rows as documents, each encoded when it is first asked for; `cache` is a folder."""
+    """Raw rows as documents: a `mixture.Documents`. A row is encoded when it is first needed, and
+    the last `_CACHED_DOCUMENTS` stay in memory. The kinds of answers are stored in the folder
+    `cache`."""
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class RowDocuments:
         return arrays["answers"]
 
     def _answers_key(self) -> str:
-        """A name that changes with the rows, and with which of their pairs are turned around."""
+        """A file name that changes with the rows, and with the order of image and text in pairs."""
         settings = self._encoder.settings
         times = [table.path.stat().st_mtime_ns for table in self._rows.tables]
         key = (self.fingerprint, times, settings.pairs, settings.image_first, settings.pair_seed)
@@ -127,8 +129,10 @@ class Corpus:
 
     stream: Mixture
     fingerprint: str
+    """A digest of everything that the stream depends on."""
     quarantine: Quarantine
     documents: list[Documents]
+    """The sources of the stream."""
     resize_mode: Mode = "crop"
     """How images of prompts are made square, in all of its sources."""
     held_out: list[tuple[Documents, np.ndarray]] = field(default_factory=list)
@@ -159,9 +163,10 @@ def open_corpus(
     seed: int = 0,
     validation: ValidationConfig | None = None,
 ) -> Corpus:
-    """Open the sources of `config` for rows of `length` tokens. Rows that `validation` holds out
-    are not in the stream. The quarantine and the files' indices are written to the folder `run`.
-    Raises `DataError` and `SettingError`."""
+    """Open the sources of `config` for packed rows of `length` tokens. Rows that `validation` holds
+    out are not in the stream. The quarantine and the indices of files are written to the folder
+    `run`. Raises `DataError` for sources that cannot be used, and `SettingError` for settings that
+    are not possible."""
     _check(config, processor, length)
     quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
     paths = [_weighted(source)[0] for source in (*config.data, *config.added)]
@@ -217,6 +222,7 @@ def _one_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSetti
 
 
 def _check(config: CorpusConfig, processor: Processor, length: int) -> None:
+    """Raise `SettingError` without sources, or for rows that are too short for an image."""
     if not config.data:
         raise SettingError("data is empty: give data=PATH, or data=PATH@WEIGHT,PATH@WEIGHT")
     needed = processor.layout.num_tokens + 2
@@ -239,17 +245,20 @@ def _digest(
 def _shuffle(
     documents: Documents, balance: bool, seed: int, key: str, held_out: np.ndarray
 ) -> dict[str, tuple[float, ShuffledDocuments]]:
-    """The source without held-out rows, or one per kind of answer, with their shares."""
+    """The source without held-out rows; with `balance` one part per kind of answer. By name, with
+    the share of each part."""
     rest = np.setdiff1d(np.arange(len(documents)), held_out) if len(held_out) else None
     whole = {key: (1.0, ShuffledDocuments(documents, seed, key, rest))}
     return balance_answers(documents, seed, key, rest) if balance else whole
 
 
 def _shares_of(names: Sequence[str], shares: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """The shares of all parts of these sources."""
     return {part: share for name in names for part, share in shares[name].items()}
 
 
 def _weighted(source: str) -> tuple[str, float]:
+    """Path and weight of a source given as `PATH` or `PATH@WEIGHT`."""
     path, at, weight = source.rpartition("@")
     if not at:
         return source, 1.0

@@ -47,19 +47,22 @@ def too_similar(one: str, other: str) -> bool:
 
 
 def name_of(row: Row, lang: str) -> str:
+    """The name of the thing in an image, in a language ("en" or "ko")."""
     return row["en"] if lang == "en" else row["ko"]
 
 
 def kind_of(row: Row, lang: str) -> str:
+    """The name of its subgroup: "fruits"."""
     return row["subgroup_en"] if lang == "en" else row["subgroup_ko"]
 
 
 def style_of(row: Row, lang: str) -> str:
+    """The name of its style: "Noto"."""
     return ICON_WORDS[lang] if row["style"] == ICON else STYLE_WORDS[lang][row["style"]]
 
 
 def main_colour(row: Row, lang: str) -> str | None:
-    """The colour that an image clearly has, or None."""
+    """The colour that most of an image has, or None if there is no such colour."""
     shares = row["colour_shares"]
     if row["style"] in LINE_STYLES or not shares or row["colours"][0] not in COLOURS_ASKED:
         return None
@@ -76,8 +79,12 @@ def names_by_count(data: EmojiData) -> dict[str, int]:
 
 
 class Pools:
-    """The rows of one split that questions may use. `clear` and `large` are subgroups of at
-    least four and six concepts, `wide` rows of several subgroups."""
+    """The rows of one split that questions may use, all and by concept and subgroup.
+
+    `in_two_styles` are concepts with images in several styles. `clear` and `large` are subgroups of
+    at least four and six concepts that visibly share a kind. `wide` are rows by a kind wider than a
+    subgroup. Raises `DataError` for an empty split.
+    """
 
     def __init__(self, data: EmojiData, split: str) -> None:
         ids = data.split(split)

@@ -37,7 +37,7 @@ def load_split(
 
 
 def load_images(data: EmojiData, ids: Sequence[str], side: int) -> Tensor:
-    """The images of some ids of the data: uint8 [len(ids), side, side, 3]."""
+    """The images with these ids, on the CPU: uint8 [len(ids), side, side, 3]."""
     with ThreadPoolExecutor(_THREADS) as pool:
         rows = list(pool.map(partial(_square, data, side), ids))
     return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, side, side, 3), np.uint8))
@@ -51,8 +51,8 @@ def _square(data: EmojiData, side: int, image_id: str) -> np.ndarray:
 
 
 class Labels:
-    """Labels of images: numbers of the thing, its subgroup and the style; `UNKNOWN` for things or
-    subgroups that no training image shows."""
+    """Labels of images: the numbers of the thing, of its subgroup and of the style; `UNKNOWN` for
+    what no training image has."""
 
     def __init__(self, data: EmojiData) -> None:
         self._data = data
@@ -67,7 +67,7 @@ class Labels:
         return len(self._things), len(self._subgroups), len(self._styles)
 
     def of(self, ids: list[str]) -> Tensor:
-        """int64 [images, 3]."""
+        """The labels of the images with these ids: int64 [len(ids), 3]."""
         rows = [self._data.row(i) for i in ids]
         labels = [
             (
