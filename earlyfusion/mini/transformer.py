@@ -153,13 +153,12 @@ def encode_variants(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) ->
     return table
 
 
-def nearest_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
-    """The `count` codes whose codewords are nearest to each, the nearest first: int16 [codes,
-    count]."""
+def nearest_codes(vqgan: VQGAN) -> np.ndarray:
+    """The eight codes whose codewords are nearest to each, the nearest first: int16 [codes, 8]."""
     codewords = vqgan.quantize.embedding.weight.detach().float()
     # Not `nearest_codewords`, which orders equal codewords differently: the shipped stages were
     # trained with this order.
-    nearest = torch.cdist(codewords, codewords).argsort(1)[:, 1 : count + 1]
+    nearest = torch.cdist(codewords, codewords).argsort(1)[:, 1:9]  # without itself
     return nearest.cpu().numpy().astype(np.int16)
 
 

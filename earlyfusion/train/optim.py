@@ -204,16 +204,16 @@ class Muon(torch.optim.Optimizer):
         return moment
 
 
-def orthogonal(matrices_NRC: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2), by a
-    Newton-Schulz iteration of fifth degree with Jordan's coefficients."""
+def orthogonal(matrices_NRC: Tensor) -> Tensor:
+    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2), by five
+    Newton-Schulz iterations of fifth degree with Jordan's coefficients."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.to(torch.bfloat16 if has_fast_bf16(matrices_NRC.device) else torch.float32)
     # The Gram matrix is then that of the shorter side.
     x = x.transpose(1, 2) if is_tall else x
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
-    for _ in range(iterations):
+    for _ in range(5):
         gram = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if is_tall else x

@@ -28,6 +28,7 @@ from earlyfusion.processor import ANSWER_IMAGE, Processor, TokenSequence
 
 _GAP = 4  # pixels between the images of a grid
 _MIN_SIDE = 128  # smaller images are enlarged by a whole factor
+_SEARCHED_DOCUMENTS = 200  # for prompts
 
 
 class PromptedImages:
@@ -92,12 +93,12 @@ def encoded_prompts(
 
 
 def image_prompts(
-    processor: Processor, stream: Callable[[int], TokenSequence], count: int, among: int = 200
+    processor: Processor, stream: Callable[[int], TokenSequence], count: int
 ) -> list[tuple[str, Sequence[int]]]:
-    """Prompts for `PromptedImages` from training documents: at most `count` different ones, among
-    the first `among` documents, whose answer is an image."""
+    """Prompts for `PromptedImages` from the first training documents: at most `count` different
+    ones whose answer is an image."""
     prompts: dict[str, Sequence[int]] = {}
-    for number in range(among):
+    for number in range(_SEARCHED_DOCUMENTS):
         if len(prompts) == count:
             break
         document = stream(number)
