@@ -489,7 +489,7 @@ def test_unknown_role() -> None:
 
 
 def test_a_system_text_is_part_of_the_turn_beside_it() -> None:
-    """As `data/forms.py` has it: the user's, joined by a line end."""
+    """As `data/forms.py` has it: the user's, joined by a newline."""
     system, user, answer = (
         Message("system", "Be kind."),
         Message("user", "Hi"),

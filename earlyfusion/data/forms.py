@@ -4,7 +4,7 @@
 | --- | --- |
 | messages | `messages` of role and content (a text or typed parts), `images` or `image`: TRL's |
 | prompt | `prompt` and `completion`, each a text or messages: TRL's too |
-| conversations | `conversations` of `from` and `value`, with `<image>` marks: LLaVA's |
+| conversations | `conversations` of `from` and `value`, with `<image>` markers: LLaVA's |
 | interleaved | `texts` and `images` of equal length, None where the other has an entry: OBELICS' |
 | pair | an image (`image`, `jpg`, `file_name` …) and a caption (`caption`, `text`, `txt` …) |
 | text | `text` |
@@ -174,9 +174,10 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
 
 
 def _build_turns(messages: Sequence[Any], images: Sequence[ImageRef]) -> list[Turn]:
-    """Turns with their images at their marks, or all at the beginning of the first turn.
-    Consecutive turns of one role are joined by a line end; a system's text counts as the user's."""
-    # Marks take the images in order, over all turns.
+    """Turns with their images in the places of their markers; without markers, all images are at
+    the beginning of the first turn. Consecutive turns of one role are joined by a newline; a
+    system's text counts as the user's."""
+    # Markers take the images in order, over all turns.
     rest = iter(images)
     roles_and_parts = [(_role(message), _parts(_content(message), rest)) for message in messages]
     unused = list(rest)
@@ -224,7 +225,7 @@ def _split(text: str, images: Iterator[ImageRef]) -> Iterator[Part]:
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         if number:
             yield _next_image(images)
-        # LLaVA puts a mark on a separate line.
+        # LLaVA puts a marker on a separate line.
         piece = piece.strip("\n") if PLACEHOLDER in text else piece
         if piece:
             yield Text(piece)
@@ -235,7 +236,7 @@ def _part(item: Any, images: Iterator[ImageRef]) -> list[Part]:
         return list(_split(item, images))
     part_type = item.get("type") if isinstance(item, Mapping) else None
     if part_type == "text":
-        # Typed parts have no marks: a text that spells one is plain text.
+        # Typed parts have no markers: a text that spells one is plain text.
         text = _as_text(item.get("text"), "a text part")
         return [Text(text)] if text else []
     if part_type in ("image", "image_url"):
@@ -248,7 +249,7 @@ def _part(item: Any, images: Iterator[ImageRef]) -> list[Part]:
 def _next_image(images: Iterator[ImageRef]) -> ImageRef:
     image = next(images, None)
     if image is None:
-        raise DataError("more images are marked than given: give one for each mark")
+        raise DataError("more images are marked than given: give one for each marker")
     return image
 
 

@@ -99,8 +99,8 @@ def _captioned(source: str) -> Rows | None:
     texts = [p for name in names if (p := (folder / name).with_suffix(".txt")).is_file()]
     # A link to a missing file is a broken row, which is reported when it is read.
     images = [p for name in names if (p := folder / name).is_file()]
-    mark = _fingerprint(folder, [*images, *texts])
-    return Rows(source, [CaptionedImages(folder, names, ImageFolder(folder, confined=False))], mark)
+    table = CaptionedImages(folder, names, ImageFolder(folder, confined=False))
+    return Rows(source, [table], _fingerprint(folder, [*images, *texts]))
 
 
 def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Path], bool]:

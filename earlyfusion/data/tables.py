@@ -258,13 +258,13 @@ class CsvRows(JsonRows):
         _check_columns(path, self._names)
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
-        # newline="": line ends within quotes belong to the cell.
+        # newline="": newlines within quotes belong to the cell.
         lines = io.StringIO(data.decode("utf-8"), newline="")
         cells = next(_csv_reader(self.path, lines), [])
         if len(cells) != len(self._names):
             raise DataError(
                 f"the row has {len(cells)} cells and the first row {len(self._names)}: quote cells "
-                "that hold a delimiter or a line end"
+                "that hold a delimiter or a newline"
             )
         named = zip(self._names, cells, strict=True)
         return {name: _cell(name, cell) for name, cell in named if cell}

@@ -122,7 +122,7 @@ class Writer:
         return None
 
     def prompt(self, table: str, lang: str, **words: str) -> str:
-        """A prompt of the table, its marks filled in."""
+        """A prompt of the table, with its placeholders filled in."""
         if name := words.get("n"):
             words = {
                 "a": with_article(name),

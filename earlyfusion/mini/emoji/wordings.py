@@ -1,9 +1,9 @@
 """Requests in free wordings: composed of parts for training, fixed ones for evaluation.
 
-A composed request is an opening, a core (verb and object), a closing and a mark, each chosen at
-random, with typing noise: other case, no mark, a typo. `HELD_OUT` are free requests in wordings
-that neither the composition nor a table of `phrases.PROMPTS` can produce. They are for evaluation
-only (`earlyfusion.evals.free`): never train on them.
+A composed request is an opening, a core (verb and object), a closing and a punctuation mark, each
+chosen at random, with typing noise: other case, no punctuation mark, a typo. `HELD_OUT` are free
+requests in wordings that neither the composition nor a table of `phrases.PROMPTS` can produce. They
+are for evaluation only (`earlyfusion.evals.free`): never train on them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _STYLE = ("{a} in {s} style", "{n} in {s} style", "{a}, {s} style", "a {s} style
 _OBJECT_KO = ("{no} ", "{n} ", "{n} 하나 ", "{n} 그림 ", "{n} 그림을 ", "{n} 하나만 ")
 _STYLED_KO = ("{s} 스타일로 {no} ", "{s} 스타일로 {n} ", "{no} {s} 스타일로 ", "{n} {s} 스타일로 ")
 
-# Marks in braces are those of `phrases.PROMPTS`.
+# Placeholders in braces are those of `phrases.PROMPTS`.
 FORMS: dict[str, dict[str, list[Form]]] = {
     "draw": {
         "en": [
@@ -313,7 +313,7 @@ FORMS: dict[str, dict[str, list[Form]]] = {
 
 
 def compose_request(table: str, lang: str, rng: random.Random) -> str | None:
-    """A template of a request of the table, with the marks of `PROMPTS`; None where it has none."""
+    """A template of a request, with the placeholders of `PROMPTS`; None if the table has none."""
     if table not in FORMS:
         return None
     form = rng.choice(FORMS[table][lang])
@@ -331,7 +331,7 @@ def _join(parts: Sequence[str]) -> str:
 
 
 def add_typing_noise(text: str, rng: random.Random) -> str:
-    """The request with typing noise: other case, no final mark, a typo, by the shares above."""
+    """The request with typing noise: other case, no punctuation mark at its end, or a typo."""
     chance = rng.random()
     if chance < LOWER:
         text = text.lower()
