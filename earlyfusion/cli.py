@@ -962,7 +962,7 @@ def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) ->
 
             for plan, child in zip(plans, children, strict=True):
                 remotes.append(RemoteEngine(partial(start, plan), options.step_timeout, child))
-        run(remotes[0].front.model, options, remote=remotes if len(remotes) > 1 else remotes[0])
+        run(remotes[0].info.model, options, remote=remotes if len(remotes) > 1 else remotes[0])
     finally:
         _on_sigterm(before)
         for remote in remotes:

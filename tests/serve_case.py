@@ -77,7 +77,7 @@ def running(
     """A server with these `ServeOptions`, until the block ends; its engine is in this process, or
     in that of `remote`, or in those. `model` is mini if there is none."""
     first = remote[0] if isinstance(remote, Sequence) else remote
-    model = model or (mini() if first is None else first.front.model)
+    model = model or (mini() if first is None else first.info.model)
     app = make_app(model, ServeOptions(port=0, **options), remote)
     config = uvicorn.Config(
         app,

@@ -26,7 +26,7 @@ from serve_case import STRAWBERRY, Running, data_url, events, image_file, mini, 
 
 from earlyfusion.cli import main
 from earlyfusion.errors import SettingError
-from earlyfusion.serve.driver import FullError
+from earlyfusion.serve.driver import QueueFullError
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.run import listener_of
 
@@ -465,7 +465,7 @@ def test_the_sdk_retries_after_retry_after(
     def full_twice(count: int = 1, warming: bool = False) -> None:
         if len(refused) < 2:
             refused.append(monotonic())
-            raise FullError(1, 0.3)
+            raise QueueFullError(1, 0.3)
         check(count, warming)
 
     monkeypatch.setattr(driver, "check_room", full_twice)
@@ -529,7 +529,7 @@ def test_a_thousand_disconnected_clients_leak_nothing(server: Running) -> None:
             with client.stream("POST", url, json=body) as reply:
                 assert reply.status_code == 200
     server.wait_until_idle()
-    assert not driver._jobs and not driver._inbox and driver._admitted == 0
+    assert not driver._jobs and not driver._inbox and driver._num_admitted == 0
     assert not driver.engine.busy and threading.active_count() <= threads + 2
     assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
 

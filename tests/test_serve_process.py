@@ -28,7 +28,7 @@ from earlyfusion.cli import main
 from earlyfusion.content import Message
 from earlyfusion.engine.cache import CacheSize
 from earlyfusion.errors import CheckpointError
-from earlyfusion.serve.process import Child, Front, RemoteEngine
+from earlyfusion.serve.process import Child, EngineInfo, RemoteEngine
 from earlyfusion.serve.spawn import LoadPlan, start
 from earlyfusion.vocabulary import Vocabulary
 
@@ -204,15 +204,15 @@ def test_broken_files_and_files_of_another_model_are_reported(
     other.processor.vocabulary = Vocabulary(other.processor.vocabulary.names | {"new": 9999})
     hellos: dict[str, Any] = {
         "does not start again": CheckpointError("model.safetensors is cut short"),
-        "files are not those": replace(remote.front, model=other),
+        "files are not those": replace(remote.info, model=other),
     }
     before = remote.pid
     for words, hello in hellos.items():  # the second at an attempt that the driver makes by itself
         monkeypatch.setattr(remote, "_spawn", partial(idle, pickle.dumps(hello)))
-        if remote.pid == before and not driver.trouble:
+        if remote.pid == before and not driver.start_error:
             os.kill(before, signal.SIGKILL)
         end = monotonic() + 30
-        while words not in driver.trouble:
+        while words not in driver.start_error:
             assert monotonic() < end
             sleep(0.01)
         health = server.get("/health")
@@ -224,7 +224,7 @@ def test_broken_files_and_files_of_another_model_are_reported(
         assert driver.restarts < 20
     monkeypatch.undo()
     wait_until_ready(server)
-    assert server.get("/health").status_code == 200 and not driver.trouble
+    assert server.get("/health").status_code == 200 and not driver.start_error
     reply = server.chat("Name a fruit.", modalities=["text"], seed=1)
     assert text_of(reply) == answer("Name a fruit.", "text", 1).text
 
@@ -292,8 +292,8 @@ def test_disconnected_clients_leak_nothing(count: int) -> None:
         while remote.used_blocks or driver._inbox or driver._jobs:
             assert monotonic() < end
             sleep(0.05)
-        assert not driver._jobs and not driver._inbox and not driver._arrived
-        assert driver._admitted == 0 and not driver._batches and not remote._handles
+        assert not driver._jobs and not driver._inbox and not driver._undelivered
+        assert driver._num_admitted == 0 and not driver._batches and not remote._handles
         for old, new in zip(before, (Held.by(pid) for pid in pids), strict=True):
             assert new.threads <= old.threads and new.files <= old.files + 2
             assert new.bytes <= 1.02 * old.bytes + 2_000_000
@@ -302,14 +302,14 @@ def test_disconnected_clients_leak_nothing(count: int) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads Linux's /proc")
 def test_twenty_restarts_leave_no_file_open() -> None:
-    front = Front(mini(), 100, CacheSize(1, 32), 4)
-    spawn = partial(idle, pickle.dumps(replace(front, model=cast(Chameleon, None))))
+    info = EngineInfo(mini(), 100, CacheSize(1, 32), 4)
+    spawn = partial(idle, pickle.dumps(replace(info, model=cast(Chameleon, None))))
     RemoteEngine(spawn, step_timeout=60).close()  # opens what Python's own helper needs
     files = Held.by(os.getpid()).files
     remote = RemoteEngine(spawn, step_timeout=60)
     for _ in range(20):
-        remote.end()
-        assert remote.start() == remote.front
+        remote.close()
+        assert remote.start() == remote.info
     assert remote.alive and Held.by(os.getpid()).files <= files + 3  # of one child
     remote.close()
     remote.close()
@@ -319,7 +319,7 @@ def test_twenty_restarts_leave_no_file_open() -> None:
 
 def test_the_childs_log_is_json(capfd: pytest.CaptureFixture[str]) -> None:
     process, connection = start(LoadPlan("mini", dtype="fp32"))
-    assert isinstance(connection.recv(), Front)
+    assert isinstance(connection.recv(), EngineInfo)
     connection.send((0, "no request"))
     connection.send(("nothing",))  # ends the loop
     process.join(30)

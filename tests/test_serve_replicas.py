@@ -15,7 +15,7 @@ from serve_case import Running, answer, mini, pixels, running
 
 from earlyfusion.cli import main
 from earlyfusion.errors import SettingError
-from earlyfusion.serve.driver import ClosedError, Driver, FullError
+from earlyfusion.serve.driver import Driver, NotReadyError, QueueFullError
 from earlyfusion.serve.process import RemoteEngine
 from earlyfusion.serve.replicas import Replicas
 from earlyfusion.serve.spawn import LoadPlan, start
@@ -109,20 +109,20 @@ def test_the_room_of_the_queue_is_shared(server: Running, monkeypatch: pytest.Mo
     batches = [replicas.admit(1) for _ in range(4)]
     assert [driver.waiting for driver in drivers] == [2, 2]
     for ask in (replicas.admit, replicas.check_room):
-        with pytest.raises(FullError, match="4 requests"):
+        with pytest.raises(QueueFullError, match="4 requests"):
             ask(1)
     batches.pop().close()
     replicas.check_room()
     replicas.admit(1).close()
-    with pytest.raises(FullError):
+    with pytest.raises(QueueFullError):
         replicas.admit(2)  # the choices of one request go to one engine
     for batch in batches:
         batch.close()
     for driver in drivers:
         monkeypatch.setattr(driver, "ready", False)
-    with pytest.raises(ClosedError):
+    with pytest.raises(NotReadyError):
         replicas.admit(1)
-    with pytest.raises(ClosedError):
+    with pytest.raises(NotReadyError):
         replicas.check_room()
     assert server.get("/ready").status_code == 503
 

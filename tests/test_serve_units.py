@@ -34,7 +34,7 @@ from earlyfusion.generation.request import (
 )
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.serve import fetch, logs
-from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError
+from earlyfusion.serve.driver import Batch, EngineFailedError, NotReadyError, QueueFullError
 from earlyfusion.serve.errors import ApiError, as_api_error
 from earlyfusion.serve.fetch import checked
 from earlyfusion.serve.image_io import ImageLimits, unpacked
@@ -561,20 +561,20 @@ def test_a_step_of_many_replies_lets_others_in_between() -> None:
         several = 2 * module.REPLIES_AT_ONCE + 1
         jobs = [module._Job(REQUEST, 0, Batch(driver, 1)) for _ in range(several)]
         for job in jobs:
-            job.batch._left = 1
-        driver._receive([module._News(job, [TextDelta("a")]) for job in jobs])
-        woken = [sum(job.batch.goes_on for job in jobs)]
+            job.batch._num_unfinished = 1
+        driver._receive_updates([module._JobUpdate(job, [TextDelta("a")]) for job in jobs])
+        woken = [sum(job.batch.can_continue for job in jobs)]
         # The next step's news come while the last are still on their way.
         broken = RuntimeError()
-        driver._receive([module._News(job, [TextDelta("b")], broken) for job in jobs])
+        driver._receive_updates([module._JobUpdate(job, [TextDelta("b")], broken) for job in jobs])
         while woken[-1] < several:
             await asyncio.sleep(0)
-            woken.append(sum(job.batch.goes_on for job in jobs))
+            woken.append(sum(job.batch.can_continue for job in jobs))
         assert woken[:3] == [several // 2, 2 * (several // 2), several]
         for _ in range(3):
             await asyncio.sleep(0)
         for job in jobs:
-            assert [event for _, event in job.batch._news] == [TextDelta("a"), TextDelta("b")]
+            assert [event for _, event in job.batch._pending] == [TextDelta("a"), TextDelta("b")]
             assert job.batch._error is broken
 
     asyncio.run(run())
@@ -599,22 +599,22 @@ def test_a_reply_that_is_left_while_others_are_dropped_is_cancelled() -> None:
     assert cancelled == [True]
 
 
-def test_waits_of_a_reply_share_an_alarm() -> None:
-    from earlyfusion.serve.driver import Batch, Driver, _Job, _News
+def test_waits_of_a_reply_share_a_timer() -> None:
+    from earlyfusion.serve.driver import Batch, Driver, _Job, _JobUpdate
 
     async def run() -> None:
         batch = Batch(Driver(mini(), max_queue=100), 1)
-        batch._left, job = 1, _Job(REQUEST, 0, batch)
-        loop, events = asyncio.get_running_loop(), batch.events(tick=600)
-        alarms = set()
-        for number in range(3):  # news before the alarm rings, each time
-            loop.call_soon(batch.receive, _News(job, [TextDelta(str(number))]))
+        batch._num_unfinished, job = 1, _Job(REQUEST, 0, batch)
+        loop, events = asyncio.get_running_loop(), batch.events(idle_seconds=600)
+        timers = set()
+        for number in range(3):  # events before the timer fires, each time
+            loop.call_soon(batch.receive, _JobUpdate(job, [TextDelta(str(number))]))
             assert await anext(events) == (0, TextDelta(str(number)))
-            alarms.add(batch._alarm)
-        assert len(alarms) == 1
-        events = batch.events(tick=0.01)  # before that alarm
+            timers.add(batch._timer)
+        assert len(timers) == 1
+        events = batch.events(idle_seconds=0.01)  # before that timer fires
         assert await anext(events) is None and await anext(events) is None
-        batch.receive(_News(job, error=RuntimeError("broken")))
+        batch.receive(_JobUpdate(job, error=RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             await anext(events)
 
@@ -632,31 +632,31 @@ def test_a_mistake_in_the_figures_costs_no_reply() -> None:
         def observe(batch: Batch, index: int, event: Event) -> None:
             raise KeyError(index)
 
-        driver.watch(observe, lambda batch: None)
+        driver.set_callbacks(observe, lambda batch: None)
         jobs = [module._Job(REQUEST, 0, Batch(driver, 1)) for _ in range(20)]
         for job in jobs:
-            job.batch._left = 1
+            job.batch._num_unfinished = 1
         with suppress(KeyError):
-            driver._receive([module._News(job, [TextDelta("a")]) for job in jobs])
+            driver._receive_updates([module._JobUpdate(job, [TextDelta("a")]) for job in jobs])
         for _ in range(5):
             await asyncio.sleep(0)
-        assert all(job.batch.goes_on for job in jobs)
+        assert all(job.batch.can_continue for job in jobs)
 
     asyncio.run(run())
 
 
 def test_a_late_reply_is_no_client_that_left() -> None:
-    from earlyfusion.serve.driver import Driver, LateError
+    from earlyfusion.serve.driver import Driver, RequestTimeoutError
 
     async def run() -> None:
         driver, left = Driver(mini(), max_queue=100), list[Batch]()
         driver.ready = True
-        driver.watch(lambda batch, index, event: None, left.append)
+        driver.set_callbacks(lambda batch, index, event: None, left.append)
         for timeout, expected in ((0.001, 0), (None, 1)):
             batch = driver.admit(1)
-            batch._left = 1
+            batch._num_unfinished = 1
             if timeout is not None:
-                with pytest.raises(LateError):
+                with pytest.raises(RequestTimeoutError):
                     await batch.collect(timeout)
             batch.close()
             assert len(left) == expected
@@ -674,8 +674,8 @@ def test_when_to_ask_again_follows_the_oldest_request() -> None:
         seconds = []
         first = driver.admit(driver.limit)
         for age in (0, 20, 500):
-            first.admitted = monotonic() - age
-            with pytest.raises(FullError) as waits:
+            first.admitted_at = monotonic() - age
+            with pytest.raises(QueueFullError) as waits:
                 driver.check_room()
             seconds.append(waits.value.seconds)
         first.close()
@@ -710,7 +710,7 @@ def test_a_client_that_reads_nothing_gives_its_room_back() -> None:
         await asyncio.Event().wait()
 
     class Room:
-        goes_on, closed = False, False
+        can_continue, closed = False, False
 
         def close(self) -> None:
             self.closed = True
@@ -751,12 +751,14 @@ def test_events_of_short_steps_go_together() -> None:
         batches = [list[Event]()]
         assert not child._take_commands()
         while child._handles:
-            child._gathered = monotonic() - waited
+            child._all_sent_at = monotonic() - waited
             assert not child._step()
             batches += [
-                [*news.events] for n in child._due() if (news := child._news(n)) is not None
+                [*update.events]
+                for n in child._due()
+                if (update := child._take_update(n)) is not None
             ]
-        assert not child._silent
+        assert not child._without_update
         return [events for events in batches if events]
 
     def text(events: list[Event]) -> str:
@@ -771,10 +773,10 @@ def test_events_of_short_steps_go_together() -> None:
 
 def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
     cases = [
-        (FullError(44, 3), 429, "queue_full", "ask again in 3 s"),
-        (ClosedError(), 503, "not_ready", "ask again"),
-        (ClosedError("no engine"), 503, "not_ready", "no engine"),
-        (BrokenError("x"), 503, "engine_failed", "ask it again"),
+        (QueueFullError(44, 3), 429, "queue_full", "ask again in 3 s"),
+        (NotReadyError(), 503, "not_ready", "ask again"),
+        (NotReadyError("no engine"), 503, "not_ready", "no engine"),
+        (EngineFailedError("x"), 503, "engine_failed", "ask it again"),
         (ContextError("prompt is 9 tokens"), 400, "context_length_exceeded", "9 tokens"),
         (SettingError("top_p=2 is not possible"), 400, "invalid_value", "top_p=2"),
         (RuntimeError("secret at 0x7f"), 500, "internal", "its log says why"),
@@ -784,7 +786,7 @@ def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
         assert (wire.status, wire.code) == (status, code) and words in wire.message
         assert "0x7f" not in str(wire.body)
     assert as_api_error(SettingError("top_p=2 is not possible")).param == "top_p"
-    full = as_api_error(FullError(4, 2.5))
+    full = as_api_error(QueueFullError(4, 2.5))
     assert full.headers == {"Retry-After": "3", "Retry-After-Ms": "2500"}
     short = as_api_error(OutOfMemoryError("no memory for 4 requests"))
     assert (short.status, short.code) == (503, "out_of_memory")

@@ -27,7 +27,13 @@ from earlyfusion.errors import EarlyFusionError
 from earlyfusion.serve import chat, completions, images, responses
 from earlyfusion.serve.chat import ChatReply
 from earlyfusion.serve.completions import CompletionReply
-from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError, LateError
+from earlyfusion.serve.driver import (
+    Batch,
+    EngineFailedError,
+    NotReadyError,
+    QueueFullError,
+    RequestTimeoutError,
+)
 from earlyfusion.serve.errors import ApiError, reported
 from earlyfusion.serve.gate import Answer, Gate
 from earlyfusion.serve.image_io import media_type
@@ -50,7 +56,13 @@ from earlyfusion.serve.protocol import (
     read,
 )
 from earlyfusion.serve.replicas import Remotes
-from earlyfusion.serve.replies import UNREAD_SECONDS, EventStream, GoneError, JsonReply, unless_gone
+from earlyfusion.serve.replies import (
+    UNREAD_SECONDS,
+    DisconnectedError,
+    EventStream,
+    JsonReply,
+    unless_disconnected,
+)
 from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import QUICK_CHARACTERS, Service
 
@@ -64,10 +76,10 @@ _MAX_FIELD_BYTES = 1_048_576  # without a filename
 _ERRORS = (
     ApiError,
     EarlyFusionError,
-    FullError,
-    ClosedError,
-    BrokenError,
-    LateError,
+    QueueFullError,
+    NotReadyError,
+    EngineFailedError,
+    RequestTimeoutError,
     ClientDisconnect,
 )
 
@@ -311,8 +323,9 @@ class _Routes:
             seconds = self._options.timeout + UNREAD_SECONDS
             return EventStream(reply.stream(), batch, headers, seconds)
         try:
-            return JsonReply(await unless_gone(request.receive, reply.whole()), headers=headers)
-        except GoneError:  # nobody reads this reply; its status is for the log
+            content = await unless_disconnected(request.receive, reply.whole())
+            return JsonReply(content, headers=headers)
+        except DisconnectedError:  # nobody reads this reply; its status is for the log
             return Response(status_code=499)
         finally:
             batch.close()
@@ -405,7 +418,7 @@ class _Routes:
     async def health(self) -> Response:
         """Whether the engine's thread is alive and not stuck in a step, and the engine starts."""
         driver = self._service.driver
-        silent, reason = round(driver.silent_seconds, 3), driver.trouble
+        silent, reason = round(driver.silent_seconds, 3), driver.start_error
         if not reason and not driver.healthy:
             reason = "the engine's last steps failed, or its thread has ended: see the log"
         if not reason and silent >= STALE_SECONDS:

@@ -11,7 +11,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 
 from earlyfusion.errors import ContextError, EarlyFusionError, OutOfMemoryError, WeightsError
-from earlyfusion.serve.driver import BrokenError, ClosedError, FullError, LateError
+from earlyfusion.serve.driver import (
+    EngineFailedError,
+    NotReadyError,
+    QueueFullError,
+    RequestTimeoutError,
+)
 
 log = logging.getLogger("earlyfusion.serve")
 _FIELD = re.compile(r"^([a-z_]+)=")
@@ -52,19 +57,19 @@ def as_api_error(error: BaseException) -> ApiError:
     """The error that a client sees."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, FullError):
+    if isinstance(error, QueueFullError):
         message = (
             f"the server is full: {error.limit} requests are under way or waiting, the limit; "
             f"ask again in {ceil(error.seconds)} s"
         )
         return ApiError(429, message, code="queue_full", headers=_retry(error.seconds))
-    if isinstance(error, ClosedError):
+    if isinstance(error, NotReadyError):
         message = str(error) or "the server is starting or shutting down: ask again in a moment"
         return ApiError(503, message, code="not_ready", headers=_retry(5))
-    if isinstance(error, LateError):
+    if isinstance(error, RequestTimeoutError):
         message = "the reply took longer than the server allows: ask for fewer tokens or images"
         return ApiError(504, message, code="timeout")
-    if isinstance(error, BrokenError):
+    if isinstance(error, EngineFailedError):
         message = "the engine failed while this request ran: ask it again"
         return ApiError(503, message, code="engine_failed", headers=_retry(1))
     if isinstance(error, OutOfMemoryError):

@@ -100,25 +100,25 @@ class Metrics:
     def observe(self, batch: Batch, index: int, event: Event) -> None:
         """Count one event of request `index` of the batch, under the name of the adapter or the
         model that answers."""
-        if isinstance(event, ImageProgress) or (batch.spoken and isinstance(event, TextDelta)):
+        if isinstance(event, ImageProgress) or (batch.has_output and isinstance(event, TextDelta)):
             return  # most events
         now, name = monotonic(), batch.requests[0].adapter or self._model
-        if isinstance(event, TextDelta | ImageStarted) and not batch.spoken:
-            batch.spoken = True
-            self._of(self.first_token, name).observe(now - batch.admitted)
+        if isinstance(event, TextDelta | ImageStarted) and not batch.has_output:
+            batch.has_output = True
+            self._of(self.first_token, name).observe(now - batch.admitted_at)
         if isinstance(event, ImageStarted):
             self._of(self.images_started, name).inc()
-            batch.image_since[index] = now
+            batch.image_started_at[index] = now
         if isinstance(event, ImageDone):
             self._of(self.images_done, name).inc()
             self._of(self.image_codes, name).inc(event.codes.size)
-            self._of(self.image, name).observe(now - batch.image_since[index])
+            self._of(self.image, name).observe(now - batch.image_started_at[index])
         if isinstance(event, Finished):
             self._of(self.prompt_tokens, name).inc(event.usage.prompt_tokens)
             self._of(self.cache_queries, name).inc(event.usage.prompt_tokens)
             self._of(self.cache_hits, name).inc(event.usage.cached_tokens)
             self._of(self.generation_tokens, name).inc(event.usage.completion_tokens)
-            self._of(self.whole, name).observe(now - batch.admitted)
+            self._of(self.whole, name).observe(now - batch.admitted_at)
             self._of(self._success, name, event.reason).inc()
 
     def cancel(self, batch: Batch) -> None:

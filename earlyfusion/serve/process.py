@@ -1,10 +1,10 @@
-"""The engine in another process, the child, so that the server survives its end.
+"""The engine in its own process, the child, so that the server survives a crash of the engine.
 
-The child loads the weights and steps the engine; its interpreter lock belongs to the engine alone.
-First it sends a `Front`, the model without its transformer: prompts, tokens and images are the
-server's work. Then it sends the events of its steps. A message costs both processes as much as a
-step of a small model with few requests, so the events of short steps are sent together. Messages
-are pickles over a socket pair that no other process can open.
+The child loads the weights and steps the engine, without sharing Python's interpreter lock with the
+server. First it sends an `EngineInfo` with the model, but without the transformer's weights, as the
+server encodes prompts and decodes images. Then it sends the events of its steps. A message takes
+both processes as long as a step of a small model with few requests, so the events of short steps
+are sent together. Messages are pickles over a socket pair that no other process can open.
 """
 
 from __future__ import annotations
@@ -36,22 +36,24 @@ from earlyfusion.serve.logs import log_as_json
 from earlyfusion.serve.niceness import yield_to_others
 
 log = logging.getLogger("earlyfusion.serve")
-BEAT_SECONDS = 0.5  # the longest time between two messages of a busy child
-# Seconds that events may wait for those of the next steps: of one request, more for each further
-# one, and at most. Each piece that is sent costs the server as much as several tokens the engine.
-GATHER_SECONDS, GATHER_MORE, GATHER_MOST = 0.015, 0.0008, 0.04
-MAX_FAILURES = 3  # failed steps in a row, after which the engine is made again
-_END_SECONDS = 10.0
+HEARTBEAT_SECONDS = 0.5  # the longest time between two messages of a busy child
+# How long events may wait for those of the next steps, so that they are sent together. Each message
+# that a client gets takes the server as long as several tokens take the engine.
+GATHER_SECONDS = 0.015
+GATHER_SECONDS_PER_REQUEST = 0.0008  # added for each request but the first
+MAX_GATHER_SECONDS = 0.04
+MAX_FAILURES = 3  # failed steps in a row, after which the engine is replaced
+_END_SECONDS = 10.0  # that a killed child may take to end
 
 
-class GoneError(Exception):
+class EngineDeadError(Exception):
     """The engine's process has ended, or its step took too long."""
 
 
 @dataclass(frozen=True)
-class Front:
-    """The model and the sizes of its engine for the server's process; the transformer has no
-    data."""
+class EngineInfo:
+    """What the server needs to know of the child: the model, whose transformer is on the meta
+    device, and the sizes of the engine."""
 
     model: Chameleon
     context_tokens: int
@@ -59,8 +61,9 @@ class Front:
     most_running: int
 
 
-class News(NamedTuple):
-    """The events of one or several steps for one request. A tuple, as it is pickled often."""
+class RequestUpdate(NamedTuple):
+    """The events of one step or several for request `number`. A tuple, as it is pickled often.
+    `sampled`: the request has tokens. With `finished` or an `error` it has ended."""
 
     number: int
     events: Sequence[Event] = ()
@@ -71,32 +74,35 @@ class News(NamedTuple):
 
 Child: TypeAlias = tuple[BaseProcess, Connection]
 
-# To the child: a request with its number, or the number of a request to end. From the child: first
-# the front or an error of loading, then news, the number of preemptions, and the blocks in use.
+# To the child: a number with its request, or with None to cancel that request. From the child: an
+# `EngineInfo` or an error of loading; then updates, the number of preemptions, and the number of
+# blocks in use.
 Command: TypeAlias = tuple[int, Request | None]
-Message: TypeAlias = tuple[list[News], int, int]
+Message: TypeAlias = tuple[list[RequestUpdate], int, int]
 
 
 class RemoteHandle:
     """A request in the child, with the members of a `Handle` that the driver uses."""
 
-    def __init__(self, number: int, leave: Callable[[int], None], owner: object) -> None:
+    def __init__(self, number: int, cancel: Callable[[int], None], owner: object) -> None:
         self.owner = owner
         self.number, self.events = number, deque[Event]()
-        self.tokens = self.finished = False  # whether it has a token; whether it has ended
+        self.tokens = False  # whether it has tokens
+        self.finished = False
         self.error: BaseException | None = None
-        self._leave = leave
+        self._cancel = cancel
 
     def cancel(self) -> None:
-        self._leave(self.number)
+        self._cancel(self.number)
 
 
 class RemoteEngine:
     """The child, with the methods of an `Engine` that the driver uses.
 
-    The event loop calls `receive`; all else but `check` and the properties belongs to the driver's
-    thread. A child that has work and sends nothing for `step_timeout` seconds counts as stuck.
-    `spawn` starts a child (spawn.py); `child` is the first one, if it has been started already.
+    The event loop calls `receive`; the driver's thread calls all others, except `check` and the
+    properties, which both call. A child that has work and sends nothing for `step_timeout` seconds
+    counts as stuck. `spawn` starts a child (spawn.py); `child` is the first one, if it has been
+    started already.
     """
 
     def __init__(
@@ -105,23 +111,23 @@ class RemoteEngine:
         self._spawn, self.step_timeout = spawn, step_timeout
         self._numbers = count()
         self._handles: dict[int, RemoteHandle] = {}
-        self.preemptions, self.used_blocks, self._heard = 0, 0, 0.0
-        self.front = self.start(child)
+        self.preemptions, self.used_blocks, self._last_message = 0, 0, 0.0
+        self.info = self.start(child)
 
-    def start(self, child: Child | None = None) -> Front:
-        """Start a child and wait until it has loaded. Raises an `EarlyFusionError`."""
+    def start(self, child: Child | None = None) -> EngineInfo:
+        """Start a child and wait until it has loaded the model. Raises an `EarlyFusionError`."""
         self._process, self._connection = child or self._spawn()
         try:
             first = self._connection.recv()
         except (EOFError, OSError):
-            self.kill()
+            self._kill()
             raise CheckpointError(
-                f"the engine's process ended while it loaded the model ({self._ending()}): give "
+                f"the engine's process ended while it loaded the model ({self.exit_reason}): give "
                 "this machine more memory, or choose a smaller --dtype"
             ) from None
-        if isinstance(first, Front):
+        if isinstance(first, EngineInfo):
             return first
-        self.kill()
+        self._kill()
         raise first
 
     @property
@@ -134,29 +140,29 @@ class RemoteEngine:
 
     @property
     def context_tokens(self) -> int:
-        return self.front.context_tokens
+        return self.info.context_tokens
 
     @property
     def cache_size(self) -> CacheSize:
-        return self.front.cache_size
+        return self.info.cache_size
 
     @property
     def most_running(self) -> int:
-        return self.front.most_running
+        return self.info.most_running
 
     @property
     def busy(self) -> bool:
         return bool(self._handles)
 
     def check(self, request: Request) -> None:
-        """As `Engine.check`, which needs nothing but these two sizes."""
+        """As `Engine.check`, which reads only `context_tokens` and `cache_size`."""
         Engine.check(cast(Engine, self), request)
 
     def add(self, request: Request, owner: object = None) -> RemoteHandle:
-        """Hand a request to the child. The `owner` stands in its handle, which may have news before
-        this returns."""
+        """Send a request to the child. The handle keeps `owner`, and may get events before this
+        returns."""
         if not self._handles:
-            self._heard = monotonic()
+            self._last_message = monotonic()
         handle = RemoteHandle(next(self._numbers), self._cancel, owner)
         self._handles[handle.number] = handle
         self._send((handle.number, request))
@@ -164,56 +170,49 @@ class RemoteEngine:
 
     @property
     def silent_seconds(self) -> float:
-        """Seconds without a message while there is work."""
-        return monotonic() - self._heard if self._handles else 0.0
+        """Seconds since the last message, while the child has work; else 0."""
+        return monotonic() - self._last_message if self._handles else 0.0
 
     def fileno(self) -> int:
-        """Can be read when `receive` would not wait."""
+        """The connection's file descriptor: readable when `receive` would not wait."""
         return self._connection.fileno()
 
     def receive(self) -> list[RemoteHandle]:
-        """Read one message. Returns the requests that have news; raises `GoneError` if the child
-        has ended."""
+        """Read one message. Returns the handles that it updated; raises `EngineDeadError` if the
+        child has ended."""
         try:
             message = cast(Message, self._connection.recv())
         except (EOFError, OSError):
-            raise GoneError("the engine's process ended") from None
-        news, self.preemptions, self.used_blocks = message
-        self._heard = monotonic()
-        told: list[RemoteHandle] = []
-        for one in news:
-            # Without a handle it was cancelled meanwhile.
-            if (handle := self._handles.get(one.number)) is not None:
-                handle.events += one.events
-                handle.tokens, handle.error = one.sampled, one.error
-                handle.finished = one.finished
-                told.append(handle)
-                if one.finished or one.error is not None:
-                    self._handles.pop(one.number, None)
-        return told
+            raise EngineDeadError("the engine's process ended") from None
+        updates, self.preemptions, self.used_blocks = message
+        self._last_message = monotonic()
+        handles: list[RemoteHandle] = []
+        for update in updates:
+            # A request without a handle was cancelled meanwhile.
+            if (handle := self._handles.get(update.number)) is not None:
+                handle.events += update.events
+                handle.tokens, handle.error = update.sampled, update.error
+                handle.finished = update.finished
+                handles.append(handle)
+                if update.finished or update.error is not None:
+                    self._handles.pop(update.number, None)
+        return handles
 
-    def end(self) -> None:
-        """End the child and all requests in it; `start` can follow."""
-        self.kill()
+    def close(self) -> None:
+        """End the child and all requests in it. May be called twice; `start` may follow."""
+        self._kill()
         self._handles.clear()
         self.used_blocks = 0
 
-    def close(self) -> None:
-        """End the child for good. May be called twice."""
-        self.end()
-
-    def kill(self) -> None:
+    def _kill(self) -> None:
         self._process.kill()
         self._process.join(_END_SECONDS)
         self._connection.close()
 
     @property
-    def ending(self) -> str:
-        """How a child that has ended did so."""
+    def exit_reason(self) -> str:
+        """The signal or exit code with which the child has ended."""
         self._process.join(_END_SECONDS)
-        return self._ending()
-
-    def _ending(self) -> str:
         code = self._process.exitcode
         if code is None:
             return "it closed its connection and still runs"
@@ -228,11 +227,11 @@ class RemoteEngine:
         try:
             self._connection.send(command)
         except OSError:
-            log.debug("the engine's process does not listen")
+            log.debug("the engine's process has ended")
 
 
 def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
-    """Load the model and serve its engine until the server ends: the main function of the child."""
+    """The main function of the child: load the model and run its engine until the server ends."""
     # A signal to the process group is meant for the server, which drains and then ends this
     # process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -243,7 +242,7 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
         model = load()
         engine = model.engine
         _capture(engine)
-        first: Front | EarlyFusionError = _front(model, engine)
+        first: EngineInfo | EarlyFusionError = _engine_info(model, engine)
     except EarlyFusionError as error:
         first = error
     try:
@@ -262,7 +261,7 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
 
 
 def _capture(engine: Engine) -> None:
-    """Capture the steps of a GPU, so that no request waits for one; the log says how far it is."""
+    """Capture the CUDA graphs of all steps, so that no request waits for one; logs the progress."""
 
     def progress(done: int, number: int) -> None:
         if done % 12 == 0:
@@ -272,19 +271,25 @@ def _capture(engine: Engine) -> None:
         log.info("the steps of the GPU are captured", extra={"bytes": taken})
 
 
-def _front(model: Chameleon, engine: Engine) -> Front:
+def _engine_info(model: Chameleon, engine: Engine) -> EngineInfo:
     with torch.device("meta"):
         transformer = Transformer(model.config)
-    shown = Chameleon(
-        transformer, model.image_tokenizer, model.processor, model.defaults, model.name
+    without_weights = Chameleon(
+        transformer,
+        model.image_tokenizer,
+        model.processor,
+        model.defaults,
+        model.name,
+        model.folder,
     )
-    shown.folder = model.folder
-    shown.adapters = dict.fromkeys(model.adapters, transformer)
-    return Front(shown, engine.context_tokens, engine.cache_size, engine.most_running)
+    without_weights.adapters = dict.fromkeys(model.adapters, transformer)
+    return EngineInfo(
+        without_weights, engine.context_tokens, engine.cache_size, engine.most_running
+    )
 
 
-def differ(served: Chameleon, loaded: Chameleon) -> bool:
-    """Whether prompts, tokens or images of the one are not those of the other."""
+def models_differ(served: Chameleon, loaded: Chameleon) -> bool:
+    """Whether the two models have other configs, other token names or another codebook."""
     return (
         served.config != loaded.config
         or served.processor.vocabulary.names != loaded.processor.vocabulary.names
@@ -295,115 +300,120 @@ def differ(served: Chameleon, loaded: Chameleon) -> bool:
 
 
 class _Child:
-    """The loop of the child: commands in, one step, news out."""
+    """The loop of the child: read commands, run one step, send updates."""
 
     def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection, self._engine = connection, engine
         self._handles: dict[int, Handle] = {}
-        self._silent: set[int] = set()  # of these: the requests without any news so far
-        self._gathered = monotonic()  # when the news of all requests were last sent
+        self._without_update: set[int] = set()  # requests that have had no update yet
+        self._all_sent_at = monotonic()  # when the updates of all requests were last sent
         self._commands: deque[Command] = deque()
-        self._changed = threading.Condition()
-        self._sent, self._told, self._failures = monotonic(), self._state, 0
+        self._condition = threading.Condition()
+        self._sent_at, self._sent_state, self._failures = monotonic(), self._state, 0
 
     def run(self) -> None:
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         while True:
-            with self._changed:
+            with self._condition:
                 while not (self._commands or self._handles):
-                    self._changed.wait()
-            news = self._take_commands()
+                    self._condition.wait()
+            updates = self._take_commands()
             if self._engine.busy:
-                news += self._step()
-            news += [one for one in map(self._news, self._due()) if one is not None]
+                updates += self._step()
+            due = map(self._take_update, self._due())
+            updates += [update for update in due if update is not None]
             state = self._state
-            # A child that becomes idle sends its figures once more.
-            last = not self._handles and state != self._told
-            if news or last or monotonic() - self._sent > BEAT_SECONDS:
-                self._connection.send((news, *state))
-                self._sent, self._told = monotonic(), state
+            # A child that becomes idle sends its state once more.
+            last = not self._handles and state != self._sent_state
+            if updates or last or monotonic() - self._sent_at > HEARTBEAT_SECONDS:
+                self._connection.send((updates, *state))
+                self._sent_at, self._sent_state = monotonic(), state
             if self._failures == MAX_FAILURES:
                 return  # something in the engine itself may be broken
 
     @property
     def _state(self) -> tuple[int, int]:
+        """The number of preemptions, and of cache blocks in use."""
         return self._engine.preemptions, self._engine.used_blocks
 
     def _listen(self) -> None:
-        # Reads all the time, so that neither process ever waits for the other to read.
+        # A thread of its own: if the socket were read between steps only, both processes could wait
+        # for each other with full buffers.
         while True:
             try:
                 command = self._connection.recv()
             except (EOFError, OSError):
                 os._exit(0)  # the server has ended
-            with self._changed:
+            with self._condition:
                 self._commands.append(command)
-                self._changed.notify()
+                self._condition.notify()
 
-    def _take_commands(self) -> list[News]:
-        """Add and cancel requests; news of those that cannot run."""
-        refused: list[News] = []
+    def _take_commands(self) -> list[RequestUpdate]:
+        """Add and cancel requests. Returns updates with the errors of those that cannot run."""
+        refused: list[RequestUpdate] = []
         while self._commands:
             number, request = self._commands.popleft()
             if request is None:
-                self._silent.discard(number)
+                self._without_update.discard(number)
                 if (handle := self._handles.pop(number, None)) is not None:
                     handle.cancel()
                 continue
             try:
                 self._handles[number] = self._engine.add(request)
-                self._silent.add(number)
+                self._without_update.add(number)
             except Exception as error:
-                refused.append(News(number, error=_sendable(error)))
+                refused.append(RequestUpdate(number, error=_picklable(error)))
         return refused
 
-    def _step(self) -> list[News]:
+    def _step(self) -> list[RequestUpdate]:
+        """Run a step. Returns the last updates of all requests if it fails."""
         try:
             self._engine.step()
         except Exception as error:
             self._failures += 1
             log.exception("a step of the engine failed", extra={"failures": self._failures})
             failed = [
-                News(number, [*handle.events], error=_sendable(error))
+                RequestUpdate(number, [*handle.events], error=_picklable(error))
                 for number, handle in self._handles.items()
             ]
             for handle in self._handles.values():
                 handle.cancel()
             self._handles.clear()
-            self._silent.clear()
+            self._without_update.clear()
             return failed
         self._failures = 0
         return []
 
     def _due(self) -> list[int]:
-        """The requests whose news are sent now: all of them after the time that events may wait,
-        before that those that are over, and those with their first."""
+        """The requests whose events are sent now: all of them once events have waited long enough,
+        until then those that have ended and those without an update so far."""
         now = monotonic()
-        wait = min(GATHER_SECONDS + GATHER_MORE * (len(self._handles) - 1), GATHER_MOST)
-        if now - self._gathered >= wait:
-            self._gathered = now
+        wait = GATHER_SECONDS + GATHER_SECONDS_PER_REQUEST * (len(self._handles) - 1)
+        if now - self._all_sent_at >= min(wait, MAX_GATHER_SECONDS):
+            self._all_sent_at = now
             return [*self._handles]
         return [
             number
             for number, handle in self._handles.items()
-            if handle.finished or handle.error is not None or number in self._silent
+            if handle.finished or handle.error is not None or number in self._without_update
         ]
 
-    def _news(self, number: int) -> News | None:
+    def _take_update(self, number: int) -> RequestUpdate | None:
+        """The events of a request since the last call; None if there are none and it still runs."""
         handle = self._handles[number]
-        events = _joined(handle.events)
+        events = _merge_text(handle.events)
         handle.events.clear()
-        error = None if handle.error is None else _sendable(handle.error)
+        error = None if handle.error is None else _picklable(handle.error)
         if handle.finished or error is not None:
             del self._handles[number]
         elif not events:
             return None
-        self._silent.discard(number)
-        return News(number, events, bool(handle.tokens), handle.finished, error)
+        self._without_update.discard(number)
+        return RequestUpdate(number, events, bool(handle.tokens), handle.finished, error)
 
 
-def _joined(events: Iterable[Event]) -> list[Event]:
-    """The events; pieces of text that follow each other are one."""
+def _merge_text(events: Iterable[Event]) -> list[Event]:
+    """The events, with adjacent pieces of text merged."""
     joined: list[Event] = []
     for event in events:
         last = joined[-1] if joined else None
@@ -414,8 +424,8 @@ def _joined(events: Iterable[Event]) -> list[Event]:
     return joined
 
 
-def _sendable(error: BaseException) -> BaseException:
-    """The error without what cannot be pickled; only a user's mistake keeps its class."""
+def _picklable(error: BaseException) -> BaseException:
+    """An error that can be pickled; only a user's mistake keeps its class and text."""
     if isinstance(error, EarlyFusionError):
         return type(error)(str(error))
     return RuntimeError(f"{type(error).__name__} in the engine's process")

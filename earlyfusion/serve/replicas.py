@@ -1,8 +1,8 @@
 """Several engines behind one server, each in its own process and with its own driver.
 
-A request, with all its choices, goes to the engine with the least work. The stores of files and
-responses are not in the engines, so any engine can answer the next request of a conversation. If an
-engine ends, it alone is started again, while the others go on.
+A request, with all its choices, goes to the engine with the least work. Files and responses are
+stored in the server's process, so any engine can answer the next request of a conversation. An
+engine that ends is restarted while the others continue.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from earlyfusion.api import Chameleon
-from earlyfusion.serve.driver import Batch, ClosedError, Driver, FullError, Observer
+from earlyfusion.serve.driver import Batch, Driver, NotReadyError, OnEvent, QueueFullError
 from earlyfusion.serve.process import RemoteEngine
 
 Drivers: TypeAlias = "Driver | Replicas"
 Remotes: TypeAlias = RemoteEngine | Sequence[RemoteEngine] | None
-"""The engines of a server: none, as it is the model's own, one or several."""
+"""The engines in other processes: one, several, or None if the model's own engine is used."""
 
 
 def drivers_of(model: Chameleon, max_queue: int, remotes: Remotes) -> Drivers:
@@ -25,7 +25,7 @@ def drivers_of(model: Chameleon, max_queue: int, remotes: Remotes) -> Drivers:
     if not isinstance(remotes, Sequence):
         return Driver(model, max_queue, remotes)
     share = -(-max_queue // len(remotes))  # rounded up
-    return Replicas([Driver(remote.front.model, share, remote) for remote in remotes])
+    return Replicas([Driver(remote.info.model, share, remote) for remote in remotes])
 
 
 class Replicas:
@@ -38,33 +38,34 @@ class Replicas:
 
     @property
     def limit(self) -> int:
-        """The most requests of one HTTP request, as they all run on one engine."""
+        """The maximum number of requests of one HTTP request, which all run on one engine."""
         return max(driver.limit for driver in self.drivers)
 
     def admit(self, count: int) -> Batch:
-        """Reserve room at the engine with the least work. Raises `FullError` or `ClosedError`."""
+        """Reserve room at the engine with the least work. Raises `QueueFullError` or
+        `NotReadyError`."""
         ready = self._ready
         if not ready:
-            raise ClosedError(self.trouble)
+            raise NotReadyError(self.start_error)
         try:
             return min(ready, key=_work).admit(count)
-        except FullError as full:
-            raise FullError(sum(driver.limit for driver in ready), full.seconds) from None
+        except QueueFullError as full:
+            raise QueueFullError(sum(driver.limit for driver in ready), full.seconds) from None
 
     def check_room(self, count: int = 1) -> None:
         """Raise what `admit` would raise now."""
         ready = self._ready
         if not ready:
-            raise ClosedError(self.trouble)
+            raise NotReadyError(self.start_error)
         least = min(ready, key=_work)
         if _work(least) + count > least.limit:
-            self.admit(count).close()  # raises `FullError` with the time to wait
+            self.admit(count).close()  # raises `QueueFullError` with the time to wait
 
     @property
     def _ready(self) -> list[Driver]:
         return [d for d in self.drivers if d.ready and d.healthy and not d.draining]
 
-    # --- life ---
+    # --- lifecycle ---
 
     def start(self) -> None:
         for driver in self.drivers:
@@ -76,9 +77,9 @@ class Replicas:
     async def drain(self, seconds: float) -> None:
         await asyncio.gather(*(driver.drain(seconds) for driver in self.drivers))
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         for driver in self.drivers:
-            driver.give_up()
+            driver.abort()
 
     def stop(self) -> None:
         self.draining = True
@@ -91,7 +92,7 @@ class Replicas:
 
     @property
     def cache_usage(self) -> float:
-        """The share of the blocks of all caches that requests hold."""
+        """The mean over the engines of the share of cache blocks that requests hold."""
         return sum(driver.cache_usage for driver in self.drivers) / len(self.drivers)
 
     @property
@@ -108,15 +109,15 @@ class Replicas:
         return any(driver.healthy for driver in self.drivers)
 
     @property
-    def trouble(self) -> str:
-        """Why no engine takes requests, where one does not start again."""
-        return "" if self._ready else next(filter(None, (d.trouble for d in self.drivers)), "")
+    def start_error(self) -> str:
+        """If no engine accepts requests: why one of them did not start again."""
+        return "" if self._ready else next(filter(None, (d.start_error for d in self.drivers)), "")
 
-    # --- figures ---
+    # --- metrics ---
 
     @property
     def silent_seconds(self) -> float:
-        """Since the last heartbeat of any of the engines."""
+        """Seconds since the last heartbeat of any engine."""
         return min(driver.silent_seconds for driver in self.drivers)
 
     @property
@@ -139,10 +140,11 @@ class Replicas:
     def restarts(self) -> int:
         return sum(driver.restarts for driver in self.drivers)
 
-    def watch(self, event: Observer, cancel: Callable[[Batch], None]) -> None:
+    def set_callbacks(self, on_event: OnEvent, on_cancel: Callable[[Batch], None]) -> None:
         for driver in self.drivers:
-            driver.watch(event, cancel)
+            driver.set_callbacks(on_event, on_cancel)
 
 
 def _work(driver: Driver) -> int:
+    """Requests that run or wait."""
     return driver.running + driver.waiting

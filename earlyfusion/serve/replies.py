@@ -75,8 +75,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with asyncio.timeout(self._seconds):
-                await unless_gone(receive, self._stream(send))
-        except (GoneError, TimeoutError):
+                await unless_disconnected(receive, self._stream(send))
+        except (DisconnectedError, TimeoutError):
             pass
         finally:
             self._batch.close()
@@ -88,7 +88,7 @@ class EventStream(Response):
         try:
             async for chunk in self._chunks:
                 pieces.append(chunk)
-                if not self._batch.goes_on:
+                if not self._batch.can_continue:
                     await send(_body(pieces, more=True))
                     pieces = []
         except Exception as error:  # in the middle of the stream: it is its last event
@@ -96,13 +96,13 @@ class EventStream(Response):
         await send(_body(pieces, more=False))
 
 
-class GoneError(Exception):
+class DisconnectedError(Exception):
     """The client has closed the connection."""
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`. If the client closes the connection first, `work` is cancelled, and
-    `GoneError` raised."""
+    `DisconnectedError` raised."""
     task, over, left = asyncio.current_task(), False, False
     assert task is not None
     gone = asyncio.ensure_future(_disconnected(receive))
@@ -118,7 +118,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
         return await work
     except asyncio.CancelledError:
         if left and not task.uncancel():
-            raise GoneError from None
+            raise DisconnectedError from None
         raise
     finally:
         over = True

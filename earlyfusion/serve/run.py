@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
             self.force_exit = True
         elif self.should_exit and self._loop is not None:
             self._hurried = True
-            self._loop.call_soon_threadsafe(driver.give_up)
+            self._loop.call_soon_threadsafe(driver.abort)
         driver.draining = self.should_exit = True
 
 

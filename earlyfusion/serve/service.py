@@ -92,7 +92,8 @@ class Service:
     async def start(self) -> None:
         self.driver.start()
         await self.driver.warm_up()
-        self.driver.watch(self.metrics.observe, self.metrics.cancel)  # not the request above
+        # After the warm-up, which is not counted.
+        self.driver.set_callbacks(self.metrics.observe, self.metrics.cancel)
 
     async def stop(self) -> None:
         await self.driver.drain(self.options.drain_seconds)
