@@ -21,9 +21,9 @@ from earlyfusion.serve.protocol import (
     EditRequest,
     GenerationRequest,
     ResponseRequest,
+    StrictModel,
     TokenizeRequest,
     VariationRequest,
-    Wire,
     read,
 )
 
@@ -194,7 +194,7 @@ RESPONSE: dict[str, Change] = {
 WORDS = {"prompt": "Hi"}
 GENERATION = image_item_fields({"prompt": "Draw a cat."})
 GENERATION["guidance_image"] = (GENERATION["n"][0], {"guidance_image": -1})  # no image to pull
-ROUTES: dict[str, tuple[type[Wire], dict[str, Change]]] = {
+ROUTES: dict[str, tuple[type[StrictModel], dict[str, Change]]] = {
     "/v1/chat/completions": (ChatRequest, CHAT),
     "/v1/completions": (CompletionRequest, COMPLETION),
     "/v1/responses": (ResponseRequest, RESPONSE),

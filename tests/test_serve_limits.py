@@ -117,14 +117,14 @@ def test_texts_far_beyond_the_context_are_refused_before_they_are_encoded(
 def test_long_prompts_are_not_read_on_the_event_loop(
     server: Running, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, called = server.service.work, 0
+    work, called = server.service.run_in_worker, 0
 
     async def noted(*arguments: Any, **options: Any) -> Any:
         nonlocal called
         called += 1
         return await work(*arguments, **options)
 
-    monkeypatch.setattr(server.service, "work", noted)
+    monkeypatch.setattr(server.service, "run_in_worker", noted)
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "Draw a cat."}]}
     body = {"prompt": "Draw a cat."} if "images" in path else body | {"modalities": ["image"]}
     for negative, expected in (("Draw a dog.", 0), ("Draw a dog. " * 50, 1)):
@@ -335,8 +335,8 @@ def test_other_types_and_routes(server: Running) -> None:
         assert client.post(f"{server.url}/v1/images/variations", json={}).status_code == 415
         response = client.get(url)
         assert response.status_code == 405 and response.headers["allow"] == "POST"
-        packed = {"content-type": "application/json", "content-encoding": "gzip"}
-        reply = client.post(url, content=b"\x1f\x8b", headers=packed)
+        compressed = {"content-type": "application/json", "content-encoding": "gzip"}
+        reply = client.post(url, content=b"\x1f\x8b", headers=compressed)
         assert reply.status_code == 415 and "'gzip' is not read" in error_of(reply)["message"]
         reply = client.head(f"{server.url}/health")
         assert reply.status_code == 200 and not reply.content
@@ -703,11 +703,11 @@ def test_openapi_describes_the_bodies(server: Running) -> None:
 def test_slow_image_servers_delay_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
     go = Event()
 
-    def fetched(address: str, seconds: float) -> bytes:
+    def fetch_image(url: str, seconds: float) -> bytes:
         assert go.wait(60) and seconds <= 30
         return STRAWBERRY.read_bytes()
 
-    monkeypatch.setattr("earlyfusion.serve.prompts.fetched", fetched)
+    monkeypatch.setattr("earlyfusion.serve.prompts.fetch_image", fetch_image)
 
     def ask(address: str) -> int:
         part = {"type": "image_url", "image_url": {"url": address}}
@@ -770,7 +770,7 @@ def test_keys_cors_and_deadlines() -> None:
         with httpx.Client() as client:
             number = client.post(f"{server.url}/v1/files", files=file, headers=right).json()["id"]
         # A signed address needs no key: a page shows the image by it.
-        signed = server.service.files.address(number, "")
+        signed = server.service.files.url(number, "")
         assert server.get(signed).status_code == 200
         assert server.get(signed[:-1] + "-").status_code == 401
         preflight = {"origin": "http://page.example", "access-control-request-method": "POST"}

@@ -88,7 +88,7 @@ def test_images_are_decoded_in_a_process_that_may_end(server: Running) -> None:
 
     def wait_for_process() -> list[BaseProcess]:
         end = monotonic() + 60
-        while not decoder.apart:
+        while not decoder.has_process:
             assert monotonic() < end
             sleep(0.02)
         return [child for child in active_children() if child.name != "engine"]

@@ -36,8 +36,8 @@ from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.serve import fetch, logs
 from earlyfusion.serve.driver import Batch, EngineFailedError, NotReadyError, QueueFullError
 from earlyfusion.serve.errors import ApiError, as_api_error
-from earlyfusion.serve.fetch import checked
-from earlyfusion.serve.image_io import ImageLimits, unpacked
+from earlyfusion.serve.fetch import check_url
+from earlyfusion.serve.image_io import ImageLimits, decode_data_url
 from earlyfusion.serve.metrics import Metrics
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.process import _Child
@@ -51,8 +51,8 @@ from earlyfusion.serve.protocol import (
     GenerationRequest,
     ResponseRequest,
     Sampling,
+    StrictModel,
     TokenizeRequest,
-    Wire,
     read,
 )
 from earlyfusion.serve.replies import EventStream, Trimmer, json_text, sse, to_json
@@ -64,7 +64,7 @@ DRAW: dict[str, Any] = {"prompt": "Draw a cat."}
 REQUEST = Request([0], "text", SamplingParams(), max_images=0, max_tokens=1)
 
 
-def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
+def refused(kind: type[StrictModel], body: Any, lenient: bool = False) -> ApiError:
     with pytest.raises(ApiError) as error:
         read(kind, body, lenient)
     assert error.value.status == 400
@@ -192,7 +192,7 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
     ],
 )
 def test_what_cannot_be_honoured_is_named(
-    kind: type[Wire], body: Any, param: str | None, sentence: str
+    kind: type[StrictModel], body: Any, param: str | None, sentence: str
 ) -> None:
     error = refused(kind, body)
     assert sentence in error.message
@@ -264,7 +264,7 @@ def test_marks_for_a_cache_are_accepted() -> None:
 
 def test_bodies_of_very_many_mistakes_are_refused_at_once() -> None:
     many = 500_000
-    bodies: list[tuple[type[Wire], dict[str, Any]]] = [
+    bodies: list[tuple[type[StrictModel], dict[str, Any]]] = [
         (ChatRequest, CHAT | {"modalities": [1] * many}),
         (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 9000}] * (many // 9000)}),
         (ResponseRequest, {"input": "Hi", "include": [""] * many}),
@@ -374,7 +374,7 @@ REFUSED = [
 @pytest.mark.parametrize("address", REFUSED)
 def test_addresses_that_lead_inside_are_refused(address: str) -> None:
     with pytest.raises(ApiError, match="is not fetched, as") as error:
-        checked(address)
+        check_url(address)
     assert (error.value.status, error.value.code) == (400, "image_url_refused")
 
 
@@ -384,11 +384,11 @@ def test_there_are_sixty_of_them() -> None:
 
 def test_a_name_is_resolved_once_and_all_its_addresses_count() -> None:
     answers = iter([["93.184.216.34"], ["127.0.0.1"]])
-    _, target = checked("https://example.org/a.png", lambda host, port: next(answers))
+    _, target = check_url("https://example.org/a.png", lambda host, port: next(answers))
     assert target == "93.184.216.34" and next(answers) == ["127.0.0.1"]
     for second in ("127.0.0.1", "::1", "fe80::1%eth0", "nonsense"):
         with pytest.raises(ApiError, match="not on the public internet"):
-            checked("http://example.org/", lambda host, port, two=second: ["93.184.216.34", two])
+            check_url("http://example.org/", lambda host, port, two=second: ["93.184.216.34", two])
 
 
 def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,9 +401,9 @@ def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = {"a.example": "http://inside.example/x", "b.example": "/again"}
     monkeypatch.setattr(fetch, "_get", lambda parts, target, end: turns[parts.hostname])
     with pytest.raises(ApiError, match="not on the public internet"):
-        fetch.fetched("http://a.example/", resolve)
+        fetch.fetch_image("http://a.example/", resolve)
     with pytest.raises(ApiError, match="redirects more than 3 times"):
-        fetch.fetched("http://b.example/", resolve)
+        fetch.fetch_image("http://b.example/", resolve)
     assert recorded == ["a.example", "inside.example", *["b.example"] * 4]
 
 
@@ -469,12 +469,12 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
 
 
 def test_data_urls_are_of_images_in_base64() -> None:
-    assert unpacked("data:image/png;base64,YQ==") == b"a"
-    assert unpacked("data:image/png;base64,YQ\n==\r\n") == b"a"
-    assert unpacked("DATA:image/PNG;name=a.png;Base64,YQ==") == b"a"
+    assert decode_data_url("data:image/png;base64,YQ==") == b"a"
+    assert decode_data_url("data:image/png;base64,YQ\n==\r\n") == b"a"
+    assert decode_data_url("DATA:image/PNG;name=a.png;Base64,YQ==") == b"a"
     for wrong in ("data:image/png,abc", "data:text/html;base64,YQ==", "data:image/png;base64,a"):
         with pytest.raises(ApiError):
-            unpacked(wrong)
+            decode_data_url(wrong)
 
 
 # --- stores ---
@@ -502,21 +502,21 @@ def test_files_are_bounded_and_signed() -> None:
     last = stored[-1]
     assert files.get(last.id) is last and files.generated(last.data) is last.image
     assert files.generated(stored[0].data) is None
-    address = files.address(last.id, "http://here/v1/x")
-    assert files.at(address) is last
-    assert files.at(address.replace("http://here", "https://elsewhere:9")) is last
+    address = files.url(last.id, "http://here/v1/x")
+    assert files.by_url(address) is last
+    assert files.by_url(address.replace("http://here", "https://elsewhere:9")) is last
     half = address[:-1] + "\ud800"  # of a character, as JSON can hold it
     for other in (half, address[:-1] + "?", "http://a/b.png", "nonsense", "http://[", address[:20]):
-        assert files.at(other) is None
+        assert files.by_url(other) is None
     other_server = Files(100)  # has another secret
-    assert other_server.at(address) is None and other_server.is_stale(address)
+    assert other_server.by_url(address) is None and other_server.is_stale(address)
     assert not files.is_stale(address) and not files.is_stale("http://a/b.png?sig=a")
     upload = files.add(last.data, "image/png", last.image, "the same bytes", "vision")
     files.delete(upload.id)
     assert files.generated(last.data) is last.image
     files.delete(last.id)
     with pytest.raises(ApiError):
-        files.at(address)
+        files.by_url(address)
     assert files.generated(last.data) is None
 
 
@@ -698,7 +698,7 @@ def test_deltas_have_no_blanks_at_the_ends() -> None:
         " b",
         "",
     ]
-    begun = Trimmer(keep_lead=True)
+    begun = Trimmer(keep_leading=True)
     assert begun.push(" ") + begun.push("pear ") == " pear"
 
 
@@ -782,9 +782,9 @@ def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
         (RuntimeError("secret at 0x7f"), 500, "internal", "its log says why"),
     ]
     for error, status, code, words in cases:
-        wire = as_api_error(error)
-        assert (wire.status, wire.code) == (status, code) and words in wire.message
-        assert "0x7f" not in str(wire.body)
+        api_error = as_api_error(error)
+        assert (api_error.status, api_error.code) == (status, code) and words in api_error.message
+        assert "0x7f" not in str(api_error.body)
     assert as_api_error(SettingError("top_p=2 is not possible")).param == "top_p"
     full = as_api_error(QueueFullError(4, 2.5))
     assert full.headers == {"Retry-After": "3", "Retry-After-Ms": "2500"}

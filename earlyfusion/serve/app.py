@@ -1,4 +1,4 @@
-"""The routes: each reads a body, asks the service, and renders the reply."""
+"""The routes: each reads a body, calls the service, and writes the reply."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from earlyfusion.serve.driver import (
     QueueFullError,
     RequestTimeoutError,
 )
-from earlyfusion.serve.errors import ApiError, reported
-from earlyfusion.serve.gate import Answer, Gate
+from earlyfusion.serve.errors import ApiError, report
+from earlyfusion.serve.gate import Gate, RouteHandler
 from earlyfusion.serve.image_io import media_type
 from earlyfusion.serve.images import ImagesReply
 from earlyfusion.serve.metrics import CONTENT_TYPE
@@ -50,9 +50,9 @@ from earlyfusion.serve.protocol import (
     GenerationRequest,
     ImageOptions,
     ResponseRequest,
+    StrictModel,
     TokenizeRequest,
     VariationRequest,
-    Wire,
     read,
 )
 from earlyfusion.serve.replicas import Remotes
@@ -66,13 +66,13 @@ from earlyfusion.serve.replies import (
 from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import QUICK_CHARACTERS, Service
 
-Body = TypeVar("Body", bound=Wire)
-STALE_SECONDS = 10.0  # without a step, after which the engine counts as stuck
-IGNORED = "x-ignored-fields"
-_LARGE_JSON = 1_000_000
+Body = TypeVar("Body", bound=StrictModel)
+STALE_SECONDS = 10.0  # an engine without a heartbeat for longer counts as stuck
+IGNORED_HEADER = "x-ignored-fields"
+_LARGE_JSON = 1_000_000  # bytes from which a body is parsed in a worker thread
 _MAX_FORM_FIELDS = 100
-_IMAGE_FIELDS = ("image", "image[]")  # fields of a form
-_MAX_FIELD_BYTES = 1_048_576  # without a filename
+_IMAGE_FIELDS = ("image", "image[]")  # of a form
+_MAX_FIELD_BYTES = 1_048_576  # of a form's field that is not a file
 _ERRORS = (
     ApiError,
     EarlyFusionError,
@@ -88,7 +88,7 @@ def make_app(
     model: Chameleon, options: ServeOptions | None = None, remote: Remotes = None
 ) -> FastAPI:
     """The application that serves a model; its `Service` is `state.service`. With `remote` one
-    engine or several run in other processes, and `model` is the front of one."""
+    engine or several run in other processes, and `model` is that of one's `EngineInfo`."""
     service = Service(model, options or ServeOptions(), remote)
 
     @asynccontextmanager
@@ -103,7 +103,7 @@ def make_app(
         title="earlyfusion",
         version=__version__,
         lifespan=lifespan,
-        redirect_slashes=False,  # the gate drops a slash at the end
+        redirect_slashes=False,  # the gate removes a slash at the end
         docs_url=None,  # both pages would load scripts from other servers
         redoc_url=None,
         default_response_class=JsonReply,
@@ -115,41 +115,41 @@ def make_app(
     app.add_exception_handler(404, _no_route)
     app.add_exception_handler(405, _no_route)
     app.add_exception_handler(RequestValidationError, _no_route)
-    direct = _Routes(service).add(app)
+    handlers = _Routes(service).add_to(app)
     app.include_router(page_routes())
-    app.add_middleware(Gate, service=service, direct=direct)
+    app.add_middleware(Gate, service=service, handlers=handlers)
     if service.options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            # All: OpenAI's SDK sends headers about itself, which differ from version to version.
-            # Without cookies, a page can send no secret that it does not have.
+            # All headers: those of OpenAI's SDK differ between versions. As there are no cookies,
+            # a web page can only send secrets that it has.
             allow_headers=["*"],
-            expose_headers=["x-request-id", IGNORED, "retry-after", "retry-after-ms"],
+            expose_headers=["x-request-id", IGNORED_HEADER, "retry-after", "retry-after-ms"],
         )
     return app
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    wire = reported(error)
-    return JsonReply(wire.body, wire.status, wire.headers)
+    api_error = report(error)
+    return JsonReply(api_error.body, api_error.status, api_error.headers)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     path = request.url.path[:80]
-    wire = ApiError(
+    api_error = ApiError(
         status if status < 500 else 404,
         f"{request.method} {path} is not a route of this server: see docs/serve.md",
         code="unknown_route",
     )
-    headers = {"Allow": ", ".join(_allowed(request))} if wire.status == 405 else None
-    return JsonReply(wire.body, wire.status, headers)
+    headers = {"Allow": ", ".join(_allowed(request))} if api_error.status == 405 else None
+    return JsonReply(api_error.body, api_error.status, headers)
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of all routes at a path; starlette names those of the first."""
+    """The methods of all routes at a path, where starlette's own header names the first route's."""
     return [
         method
         for method in ("DELETE", "GET", "HEAD", "POST")
@@ -163,12 +163,14 @@ def _allowed(request: Request) -> list[str]:
 
 
 class _Routes:
+    """The handlers of all routes but those of the page."""
+
     def __init__(self, service: Service) -> None:
         self._service, self._options = service, service.options
 
-    def add(self, app: FastAPI) -> dict[str, Answer]:
-        """Give the application its routes. Returns those that read a JSON body, by path."""
-        bodies: list[tuple[str, Answer, type[Wire]]] = [
+    def add_to(self, app: FastAPI) -> dict[str, RouteHandler]:
+        """Add the routes to an application. Returns those with a JSON body, by path."""
+        bodies: list[tuple[str, RouteHandler, type[StrictModel]]] = [
             ("/v1/chat/completions", self.chat, ChatRequest),
             ("/v1/completions", self.completions, CompletionRequest),
             ("/v1/responses", self.responses, ResponseRequest),
@@ -178,13 +180,13 @@ class _Routes:
             ("/tokenize", self.tokenize, TokenizeRequest),
             ("/detokenize", self.detokenize, DetokenizeRequest),
         ]
-        for path, answer, model in bodies:
+        for path, handler, model in bodies:
             schema = {"schema": model.model_json_schema(ref_template=_component("{model}"))}
             json_only, both = ["application/json"], ["application/json", "multipart/form-data"]
             types = {EditRequest: both, VariationRequest: both[1:]}.get(model, json_only)
             content = {name: dict(schema) for name in types}
             extra = {"requestBody": {"required": True, "content": content}}
-            app.post(path, openapi_extra=extra)(answer)
+            app.post(path, openapi_extra=extra)(handler)
         app.post("/v1/files")(self.upload)
         gets: list[tuple[str, Callable[..., Awaitable[Response]]]] = [
             ("/v1/models", self.models),
@@ -200,9 +202,9 @@ class _Routes:
             app.get(path)(get)
         app.delete("/v1/files/{file_id}")(self.delete_file)
         app.delete("/v1/responses/{response_id}")(self.delete_response)
-        # Once: FastAPI returns the same object at each call, and `_described` changes it.
-        app.openapi = cache(partial(_described, app.openapi))  # type: ignore[method-assign]
-        return {path: answer for path, answer, _ in bodies}
+        # Cached, as FastAPI returns the same object at each call and `_openapi` changes it.
+        app.openapi = cache(partial(_openapi, app.openapi))  # type: ignore[method-assign]
+        return {path: handler for path, handler, _ in bodies}
 
     # --- generation ---
 
@@ -214,10 +216,13 @@ class _Routes:
         def prompts() -> list[Prompt]:
             return [reader.chat(body.messages)]
 
-        quick = chat.is_quick(body)
-        waits = self._service.waits(body)
-        prepared = await self._service.begin(prompts, chat.spec_of(body), quick=quick, waits=waits)
-        reply = ChatReply(self._service, body, prepared, partial(self._service.base, request))
+        prepared = await self._service.submit(
+            prompts,
+            chat.spec_of(body),
+            quick=chat.is_quick(body),
+            fetches=self._service.fetches_images(body),
+        )
+        reply = ChatReply(self._service, body, prepared, partial(self._service.base_url, request))
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
     async def completions(self, request: Request) -> Response:
@@ -225,7 +230,7 @@ class _Routes:
         self._service.check_model(body.model)
         texts = completions.prompts_of(body)
         spec = completions.spec_of(body)
-        prepared = await self._service.begin(lambda: list(texts), spec, len(texts) * body.n)
+        prepared = await self._service.submit(lambda: list(texts), spec, len(texts) * body.n)
         reply = CompletionReply(self._service, body, prepared)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
@@ -234,14 +239,14 @@ class _Routes:
         responses.check_models(self._service, body)
         reader, turns = self._service.reader(), list[Message]()
         if body.previous_response_id is not None:
-            name = body.previous_response_id
-            known = self._service.conversations.get(name, "previous_response_id")
-            turns += known.turns
+            turns += self._service.conversations.get(
+                body.previous_response_id, "previous_response_id"
+            ).turns
         referenced = responses.referenced(self._service, body)
 
         def prompts() -> list[Prompt]:
             turns.extend(reader.items(body.input, referenced))
-            if not turns:  # `instructions` alone are no conversation
+            if not turns:  # `instructions` alone are not a prompt
                 raise ApiError(
                     400, "input is empty: give a text, or at least one item", param="input"
                 )
@@ -250,17 +255,17 @@ class _Routes:
         def keep_codes() -> None:
             turns[:] = self._service.model.with_codes(turns)
 
-        spec, waits = responses.spec_of(body), self._service.waits(body)
-        prepared = await self._service.begin(prompts, spec, waits=waits, after=keep_codes)
+        spec, fetches = responses.spec_of(body), self._service.fetches_images(body)
+        prepared = await self._service.submit(prompts, spec, fetches=fetches, after=keep_codes)
         reply = ResponseReply(self._service, body, prepared, turns)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
     async def generations(self, request: Request) -> Response:
         body, headers = await self._body(request, GenerationRequest)
-        words = body.prompt
-        quick = len(words) + len(body.negative_prompt or "") <= QUICK_CHARACTERS
+        text = body.prompt
+        quick = len(text) + len(body.negative_prompt or "") <= QUICK_CHARACTERS
         return await self._image_reply(
-            request, body, lambda: words, headers, "image_generation", quick
+            request, body, lambda: text, headers, "image_generation", quick
         )
 
     async def edits(self, request: Request) -> Response:
@@ -269,13 +274,13 @@ class _Routes:
         else:
             body, headers = await self._body(request, EditRequest)
             files = []
-        named, reader = body.images or [], self._service.reader()
-        if not (files or named):
+        references, reader = body.images or [], self._service.reader()
+        if not (files or references):
             raise ApiError(400, "an edit needs an image: send it as image", param="image")
 
         def prompt() -> Prompt:
-            sources = [*map(reader.file, files), *map(reader.edit_image, named)]
-            return images.prompt_of(sources, body.prompt)
+            originals = [*map(reader.file, files), *map(reader.edit_image, references)]
+            return images.prompt_of(originals, body.prompt)
 
         return await self._image_reply(request, body, prompt, headers, "image_edit")
 
@@ -300,15 +305,16 @@ class _Routes:
         body: ImageOptions,
         prompt: Callable[[], Prompt],
         headers: dict[str, str],
-        family: str,
+        event_prefix: str,
         quick: bool = False,
     ) -> Response:
         self._service.check_model(body.model)
-        spec = images.spec_of(body)
-        waits = self._service.waits(body)
-        prepared = await self._service.begin(lambda: [prompt()], spec, quick=quick, waits=waits)
-        base = self._service.base(request)
-        reply = ImagesReply(self._service, body, prepared, base, family)
+        spec, fetches = images.spec_of(body), self._service.fetches_images(body)
+        prepared = await self._service.submit(
+            lambda: [prompt()], spec, quick=quick, fetches=fetches
+        )
+        base_url = self._service.base_url(request)
+        reply = ImagesReply(self._service, body, prepared, base_url, event_prefix)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
     async def _reply(
@@ -323,9 +329,9 @@ class _Routes:
             seconds = self._options.timeout + UNREAD_SECONDS
             return EventStream(reply.stream(), batch, headers, seconds)
         try:
-            content = await unless_disconnected(request.receive, reply.whole())
+            content = await unless_disconnected(request.receive, reply.full())
             return JsonReply(content, headers=headers)
-        except DisconnectedError:  # nobody reads this reply; its status is for the log
+        except DisconnectedError:  # nobody gets this reply; its status is for the log
             return Response(status_code=499)
         finally:
             batch.close()
@@ -362,28 +368,28 @@ class _Routes:
         async with _closing(form):
             for field in sorted(form.keys() - {"file", "purpose"}):
                 raise _unknown_upload_field(field[:60])
-            sent = form.getlist("file")
-            if len(sent) != 1:
+            uploads = form.getlist("file")
+            if len(uploads) != 1:
                 raise ApiError(
                     400,
-                    f"an upload is one image, and {len(sent)} came: send one as file",
+                    f"an upload is one image, and {len(uploads)} came: send one as file",
                     param="file",
                 )
-            if isinstance(sent[0], str):
+            if isinstance(uploads[0], str):
                 raise _no_filename("file")
-            data, name = await sent[0].read(), sent[0].filename or "picture"
+            data, name = await uploads[0].read(), uploads[0].filename or "picture"
             [purpose, *others] = form.getlist("purpose") or ["vision"]
             if others:
-                raise _twice("purpose")
+                raise _duplicate_field("purpose")
             if not isinstance(purpose, str):
-                raise _no_text("purpose")
-        image = await self._service.work(self._service.reader().file, data)
+                raise _not_text("purpose")
+        image = await self._service.run_in_worker(self._service.reader().file, data)
         # The name is shown and never used as a path.
         file = self._service.files.add(data, media_type(data), image, name[:200], purpose[:40])
-        return JsonReply(file.described)
+        return JsonReply(file.as_json)
 
     async def file(self, file_id: str) -> Response:
-        return JsonReply(self._service.files.get(file_id).described)
+        return JsonReply(self._service.files.get(file_id).as_json)
 
     async def content(self, file_id: str) -> Response:
         file = self._service.files.get(file_id)
@@ -409,14 +415,14 @@ class _Routes:
         return JsonReply({"id": response_id, "object": "response", "deleted": True})
 
     async def models(self) -> Response:
-        return JsonReply({"object": "list", "data": self._service.described})
+        return JsonReply({"object": "list", "data": self._service.model_objects})
 
     async def model(self, name: str) -> Response:
         self._service.check_model(name)
-        return JsonReply(self._service.describe(name))
+        return JsonReply(self._service.model_object(name))
 
     async def health(self) -> Response:
-        """Whether the engine's thread is alive and not stuck in a step, and the engine starts."""
+        """Whether the engine runs: its process started, its thread lives, and no step is stuck."""
         driver = self._service.driver
         silent, reason = round(driver.silent_seconds, 3), driver.start_error
         if not reason and not driver.healthy:
@@ -430,8 +436,8 @@ class _Routes:
     async def ready(self) -> Response:
         """Whether requests are accepted."""
         driver = self._service.driver
-        well = driver.ready and not driver.draining and driver.healthy
-        return JsonReply({"ready": well}, 200 if well else 503)
+        is_ready = driver.ready and not driver.draining and driver.healthy
+        return JsonReply({"ready": is_ready}, 200 if is_ready else 503)
 
     async def metrics(self) -> Response:
         return Response(self._service.metrics.text(), media_type=CONTENT_TYPE)
@@ -439,15 +445,15 @@ class _Routes:
     # --- bodies ---
 
     async def _body(self, request: Request, model: type[Body]) -> tuple[Body, dict[str, str]]:
-        """The body, and a header that lists its ignored fields."""
+        """The body, and headers that list its ignored fields. Raises `ApiError`."""
         content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # A browser sends other types to foreign servers without asking them first.
+        # Web pages of other servers may send other types without a CORS preflight request.
         if content != "application/json":
             raise ApiError(415, "the body is not JSON: send Content-Type: application/json")
         _check_encoding(request)
         raw = await request.body()
-        # Millions of values would be parsed for seconds, in which no other thread runs. Texts may
-        # have commas, too, but only so many can fit a prompt.
+        # Millions of values take seconds to parse, during which no other thread runs. Texts also
+        # have commas, but only `MAX_CHARACTERS` of them can fit a prompt.
         limit = model.max_values + MAX_CHARACTERS
         if raw.count(b",") > limit:
             raise ApiError(
@@ -456,14 +462,18 @@ class _Routes:
                 "texts",
                 code="invalid_value",
             )
-        data = await self._service.work(_parsed, raw) if len(raw) > _LARGE_JSON else _parsed(raw)
+        data = (
+            await self._service.run_in_worker(_parse_json, raw)
+            if len(raw) > _LARGE_JSON
+            else _parse_json(raw)
+        )
         body, ignored = read(model, data, self._options.lenient)
-        return body, _header(ignored)
+        return body, _ignored_header(ignored)
 
     async def _form(
         self, request: Request, model: type[Body]
     ) -> tuple[Body, dict[str, str], list[bytes]]:
-        """The fields of a form, a header as above, and its images in order."""
+        """As `_body` for a form, with its images in order."""
         form = await _read_form(request)
         async with _closing(form):
             fields: dict[str, Any] = {}
@@ -472,23 +482,26 @@ class _Routes:
                 if isinstance(value, UploadFile) and name in _IMAGE_FIELDS:
                     files.append(await value.read())
                 elif isinstance(value, UploadFile) and name in model.model_fields:
-                    raise _no_text(name)
+                    raise _not_text(name)
                 elif isinstance(value, UploadFile):
                     fields[name] = "a file"  # which `read` refuses, with the reason
                 elif name in _IMAGE_FIELDS:
                     raise _no_filename(name)
                 elif name in fields:
-                    raise _twice(name)
+                    raise _duplicate_field(name)
                 else:
                     fields[name] = value
         body, ignored = read(model, fields, self._options.lenient, text=True)
-        return body, _header(ignored), files
+        return body, _ignored_header(ignored), files
 
 
-def _parsed(raw: bytes) -> Any:
+def _parse_json(raw: bytes) -> Any:
     try:
         return json.loads(
-            raw, parse_float=_float, parse_constant=_no_number, object_pairs_hook=_object
+            raw,
+            parse_float=_parse_float,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_duplicates,
         )
     except json.JSONDecodeError as error:
         wrong = f"is not valid JSON at line {error.lineno}, column {error.colno}: correct it there"
@@ -496,31 +509,32 @@ def _parsed(raw: bytes) -> Any:
         wrong = "is not UTF-8: encode it so"
     except RecursionError:
         wrong = "is nested too deeply: use fewer levels"
-    except ValueError:  # Python's limit
+    except ValueError:  # Python limits the digits of integers
         wrong = f"has a number of over {sys.get_int_max_str_digits():,} digits: use fewer"
     raise ApiError(400, f"the body {wrong}", code="invalid_json")
 
 
-def _float(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     number = float(digits)
-    if isinf(number):  # JSON cannot hold it: a reply could not repeat it
+    if isinf(number):  # a reply could not repeat it, as JSON has no infinity
         raise ApiError(
             400, f"the number {digits[:40]} is too large: use one below 1e308", code="invalid_json"
         )
     return number
 
 
-def _no_number(name: str) -> float:
+def _refuse_constant(name: str) -> float:
+    """Raise `ApiError` for NaN or Infinity."""
     raise ApiError(
         400, f"{name} is not JSON: use a number, or leave the field out", code="invalid_json"
     )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
-    if len(fields) < len(pairs):  # one of the two would be ignored
+    if len(fields) < len(pairs):  # one of two values would be ignored
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise _twice(name)
+        raise _duplicate_field(name)
     return fields
 
 
@@ -553,7 +567,7 @@ async def _read_form(request: Request) -> FormData:
 
 
 def _form_error(detail: str) -> str:
-    """What is wrong with a form, by starlette's words for it."""
+    """The message for an error text of starlette's form parser."""
     if detail.startswith("Too many"):
         return f"the form has over {_MAX_FORM_FIELDS} fields or files, the limit: leave some out"
     if detail.startswith("Part exceeded"):
@@ -564,9 +578,9 @@ def _form_error(detail: str) -> str:
     return "the form is malformed: send multipart/form-data"
 
 
-def _twice(field: str) -> ApiError:
-    words = f"the field {field[:60]} came twice: send it once"
-    return ApiError(400, words, param=field[:60], code="invalid_json")
+def _duplicate_field(field: str) -> ApiError:
+    message = f"the field {field[:60]} came twice: send it once"
+    return ApiError(400, message, param=field[:60], code="invalid_json")
 
 
 def _unknown_upload_field(field: str) -> ApiError:
@@ -577,11 +591,11 @@ def _unknown_upload_field(field: str) -> ApiError:
 
 
 def _no_filename(field: str) -> ApiError:
-    words = f"the field {field} has no filename: send the image as a file, with one"
-    return ApiError(400, words, param=field)
+    message = f"the field {field} has no filename: send the image as a file, with one"
+    return ApiError(400, message, param=field)
 
 
-def _no_text(field: str) -> ApiError:
+def _not_text(field: str) -> ApiError:
     remedy = "send it as image" if field == "images" else "send it as text, without a filename"
     return ApiError(400, f"the field {field} is a file: {remedy}", param=field)
 
@@ -594,12 +608,13 @@ async def _closing(form: FormData) -> AsyncIterator[None]:
         await form.close()
 
 
-def _header(ignored: list[str]) -> dict[str, str]:
+def _ignored_header(ignored: list[str]) -> dict[str, str]:
+    """The header that lists the ignored fields, if there are any."""
     names = ", ".join(ignored).encode("ascii", "backslashreplace").decode()  # headers are ASCII
-    return {IGNORED: names[:1000]} if ignored else {}
+    return {IGNORED_HEADER: names[:1000]} if ignored else {}
 
 
-_ERROR = {
+_ERROR_SCHEMA = {
     "type": "object",
     "properties": {
         "error": {
@@ -617,21 +632,21 @@ _ERROR = {
 }
 
 
-def _answers(path: str, streams: bool) -> dict[str, Any]:
-    """The replies and errors of a route, in OpenAPI's terms."""
-    plain: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+def _replies_schema(path: str, streams: bool) -> dict[str, Any]:
+    """OpenAPI's description of the replies and errors of a route."""
+    any_object: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if path == "/metrics":
-        good: dict[str, Any] = {"text/plain": {}}
+        reply: dict[str, Any] = {"text/plain": {}}
     elif path.endswith("/content"):
-        good = {"image/*": {}}
+        reply = {"image/*": {}}
     else:
-        good = plain | ({"text/event-stream": {}} if streams and "tokenize" not in path else {})
-    bad = {"application/json": {"schema": {"$ref": _component("Error")}}}
+        reply = any_object | ({"text/event-stream": {}} if streams else {})
+    error = {"application/json": {"schema": {"$ref": _component("Error")}}}
     if path in ("/health", "/ready"):
-        bad = plain
+        error = any_object
     return {
-        "200": {"description": "The reply", "content": good},
-        "default": {"description": "An error", "content": bad},
+        "200": {"description": "The reply", "content": reply},
+        "default": {"description": "An error", "content": error},
     }
 
 
@@ -639,15 +654,17 @@ def _component(name: str) -> str:
     return f"#/components/schemas/{name}"
 
 
-def _described(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI file. Adds the definitions of the bodies under the names that refer to them, and
-    the schema that all errors share."""
-    described = make()
-    schemas = described.setdefault("components", {})["schemas"] = {"Error": _ERROR}
-    for path, methods in described["paths"].items():
+def _openapi(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """FastAPI's description, completed: with the schemas that the bodies refer to, the schema of
+    errors, and the replies of all routes."""
+    description = make()
+    schemas = description.setdefault("components", {})["schemas"] = {"Error": _ERROR_SCHEMA}
+    for path, methods in description["paths"].items():
         for method in methods.values():
-            method["responses"] = _answers(path, streams="requestBody" in method)
+            method["responses"] = _replies_schema(
+                path, streams="requestBody" in method and "tokenize" not in path
+            )
             for content in method.get("requestBody", {}).get("content", {}).values():
                 schemas.update(content["schema"].get("$defs", {}))
                 content["schema"] = {k: v for k, v in content["schema"].items() if k != "$defs"}
-    return described
+    return description

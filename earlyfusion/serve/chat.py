@@ -19,7 +19,7 @@ from earlyfusion.generation.request import (
     Usage,
 )
 from earlyfusion.generation.settings import Output
-from earlyfusion.serve.image_io import data_url, packed
+from earlyfusion.serve.image_io import data_url, to_base64
 from earlyfusion.serve.protocol import ChatRequest
 from earlyfusion.serve.replies import (
     DONE,
@@ -34,12 +34,12 @@ from earlyfusion.serve.replies import (
 from earlyfusion.serve.service import QUICK_CHARACTERS, GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import StoredFile
 
-_PROGRESS = ("index", "codes_done", "codes_total")
+_PROGRESS_FIELDS = ("index", "codes_done", "codes_total")
 _PROGRESS_JSON = b'"image_progress":{"index":%d,"codes_done":%d,"codes_total":%d}'
 
 
 def spec_of(body: ChatRequest) -> GenerationSpec:
-    """The request that a body makes, without its prompt."""
+    """The settings of a body, without its prompt."""
     sampling = body.sampling()
     limit_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit = getattr(body, limit_field)
@@ -59,13 +59,13 @@ def spec_of(body: ChatRequest) -> GenerationSpec:
 
 
 def is_quick(body: ChatRequest) -> bool:
-    """Whether the prompt is short text, and nothing constrains the reply (see `Service.begin`)."""
+    """Whether the prompt is short text, and nothing constrains the reply (see `Service.submit`)."""
     if body.response_format or body.allowed_words or body.bad_words or body.stop:
         return False
     characters = len(body.negative_prompt or "")
     for message in body.messages:
         content = message.content or ""
-        # An assistant's text may have images in it.
+        # An assistant's text may hold images as markdown.
         if not isinstance(content, str) or message.role == "assistant":
             return False
         characters += len(content)
@@ -82,26 +82,29 @@ def _output(body: ChatRequest) -> Output:
 
 
 class ChatReply:
-    """Renders the replies to one body. `base` gives the address of the server."""
+    """The reply to one body, in full or as a stream. `base_url` returns the URL of the server."""
 
     def __init__(
-        self, service: Service, body: ChatRequest, prepared: Prepared, base: Callable[[], str]
+        self, service: Service, body: ChatRequest, prepared: Prepared, base_url: Callable[[], str]
     ) -> None:
-        self._service, self._body, self._prepared, self._base = service, body, prepared, base
+        self._service, self._body, self._prepared = service, body, prepared
+        self._base_url = base_url
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time())
-        # All chunks begin alike.
-        self._before = sse(self._envelope("chat.completion.chunk", [])).removesuffix(b"]}\n\n")
+        # What all chunks begin with, made once.
+        self._chunk_prefix = sse(self._envelope("chat.completion.chunk", [])).removesuffix(
+            b"]}\n\n"
+        )
 
-    async def whole(self) -> dict[str, Any]:
-        """The reply in one piece."""
+    async def full(self) -> dict[str, Any]:
+        """The whole reply as one object."""
         replies = await self._prepared.batch.collect(self._service.options.timeout)
         choices = [await self._choice(i, events) for i, events in enumerate(replies)]
         usages = [_end(events).usage for events in replies]
         return self._envelope("chat.completion", choices) | {"usage": self._usage(usages)}
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The same in pieces: `chat.completion.chunk` objects, then [DONE]."""
+        """The reply as server-sent events: `chat.completion.chunk` objects, then [DONE]."""
         options = self._service.options
         choices = [_Choice(self, i) for i in range(self._body.n)]
         for choice in choices:
@@ -122,7 +125,7 @@ class ChatReply:
         yield DONE
 
     async def _choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
-        """A choice of a whole reply, put together from the deltas of a stream."""
+        """A choice of the whole reply, made of the deltas that a stream would have."""
         choice = _Choice(self, index)
         content, images = "", list[dict[str, Any]]()
         for event in events:
@@ -167,28 +170,32 @@ class ChatReply:
         seed: int | None = None,
     ) -> bytes:
         if logprobs is None and reason is None and len(delta) == 1:
-            # The same bytes as below for the most frequent chunks, several times as fast.
+            # For the most frequent chunks: the same bytes as below, but several times as fast.
             if "content" in delta:
                 return self._plain_chunk(index, b'"content":%b' % json_text(delta["content"]))
-            if "image_progress" in delta and len(delta["image_progress"]) == len(_PROGRESS):
-                numbers = tuple(map(delta["image_progress"].__getitem__, _PROGRESS))
+            if "image_progress" in delta and len(delta["image_progress"]) == len(_PROGRESS_FIELDS):
+                numbers = tuple(map(delta["image_progress"].__getitem__, _PROGRESS_FIELDS))
                 return self._plain_chunk(index, _PROGRESS_JSON % numbers)
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         if seed is not None:
             choice["seed"] = seed
-        return self._before + to_json(choice) + b"]}\n\n"
+        return self._chunk_prefix + to_json(choice) + b"]}\n\n"
 
     def _plain_chunk(self, index: int, delta: bytes) -> bytes:
-        middle = b'{"index":%d,"delta":{%b},"logprobs":null,"finish_reason":null}'
-        return self._before + middle % (index, delta) + b"]}\n\n"
+        choice = b'{"index":%d,"delta":{%b},"logprobs":null,"finish_reason":null}'
+        return self._chunk_prefix + choice % (index, delta) + b"]}\n\n"
 
     def _envelope(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        name = self._body.model or self._service.name
-        head = {"id": self._id, "object": object_type, "created": self._created, "model": name}
-        return head | {"choices": choices}
+        return {
+            "id": self._id,
+            "object": object_type,
+            "created": self._created,
+            "model": self._body.model or self._service.name,
+            "choices": choices,
+        }
 
     def _usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
-        return chat_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, usages)
+        return chat_usage(self._prepared.prompt_tokens, self._prepared.prompt_image_tokens, usages)
 
     @property
     def body(self) -> ChatRequest:
@@ -205,77 +212,82 @@ class ChatReply:
 
     @property
     def continues(self) -> bool:
+        """Whether the reply continues an assistant's turn."""
         return self._prepared.continues
 
-    def address(self, file: StoredFile) -> str:
-        return self._service.files.address(file.id, self._base())
+    def url(self, file: StoredFile) -> str:
+        """The signed URL of a file."""
+        return self._service.files.url(file.id, self._base_url())
 
 
 class _Choice:
-    """Turns the events of one choice into deltas; `parts` lists its segments in order."""
+    """Turns the events of one choice into deltas; `parts` lists the segments so far in order."""
 
     def __init__(self, reply: ChatReply, index: int) -> None:
         self.index, self.parts = index, list[dict[str, Any]]()
-        self._reply, self._images = reply, 0
-        self._trimmer = Trimmer(keep_lead=reply.continues)
-        self._in_text = self._anything = False
+        self._reply, self._num_images = reply, 0
+        self._trimmer = Trimmer(keep_leading=reply.continues)
+        self._text_is_open = self._has_content = False
         self._logprobs: list[dict[str, Any]] = []
 
     def delta(self, event: Event) -> dict[str, Any] | None:
-        """The delta of an event without pixels, if it has any."""
+        """The delta of an event that needs no decoding; None without one."""
         if isinstance(event, TextDelta):
-            shown = self._trimmer.push(event.text)
-            return {"content": self._text(shown)} if shown else None
+            text = self._trimmer.push(event.text)
+            return {"content": self._add_text(text)} if text else None
         if isinstance(event, ImageProgress):
             return {"image_progress": _progress(event)}
         if isinstance(event, TokenDrawn):
             entry = logprob_entry(self._reply.service.model, event.logprob)
             self._logprobs += [] if entry is None else [entry]
-        if isinstance(event, ImageStarted):  # ends the segment: blanks that were held back go
-            self._trimmer, self._in_text = Trimmer(), False
+        if isinstance(event, ImageStarted):  # ends the text segment, without trailing whitespace
+            self._trimmer, self._text_is_open = Trimmer(), False
         return None
 
     async def image_delta(self, event: ImagePreview | ImageDone) -> dict[str, Any]:
-        """The delta of a whole or an unfinished image, which is decoded here."""
+        """The delta of a finished or an unfinished image, which is decoded here."""
         if isinstance(event, ImageDone):
-            return await self._image(event)
+            return await self._add_image(event)
         body = self._reply.body
         data = await self._reply.service.preview(event, body.output_format, body.output_compression)
-        return {"image_progress": _progress(event) | {"b64_json": packed(data)}}
+        return {"image_progress": _progress(event) | {"b64_json": to_base64(data)}}
 
     def take_logprobs(self) -> dict[str, Any] | None:
-        """Entries since the last call, if there are any."""
+        """The log-probabilities since the last call, if there are any."""
         entries, self._logprobs = self._logprobs, []
         return {"content": entries, "refusal": None} if entries else None
 
-    def _text(self, shown: str) -> str:
-        if self._in_text:
-            self.parts[-1]["text"] += shown
-            return shown
-        self._in_text = True
-        self.parts.append({"type": "text", "text": shown})
-        return self._gap(text=True) + shown
+    def _add_text(self, text: str) -> str:
+        """Add text to `parts`. Returns what it adds to `content`."""
+        if self._text_is_open:
+            self.parts[-1]["text"] += text
+            return text
+        self._text_is_open = True
+        self.parts.append({"type": "text", "text": text})
+        return self._separator(before_text=True) + text
 
-    def _gap(self, text: bool) -> str:
-        """The separator between two segments that are both in `content`."""
-        first, self._anything = not self._anything, True
-        if first:
+    def _separator(self, before_text: bool) -> str:
+        """What separates the next segment in `content` from the one before it, if any."""
+        is_first, self._has_content = not self._has_content, True
+        if is_first:
             return ""
-        return "\n" if self._reply.delivery == "images" and text else "\n\n"
+        return "\n" if self._reply.delivery == "images" and before_text else "\n\n"
 
-    async def _image(self, event: ImageDone) -> dict[str, Any]:
+    async def _add_image(self, event: ImageDone) -> dict[str, Any]:
         body = self._reply.body
         file = await self._reply.service.store_image(
             event, body.output_format, body.output_compression
         )
         delta: dict[str, Any] = {}
         if self._reply.delivery != "images":
-            delta["content"] = f"{self._gap(text=False)}![image]({self._reply.address(file)})"
+            delta["content"] = (
+                f"{self._separator(before_text=False)}![image]({self._reply.url(file)})"
+            )
         if self._reply.delivery != "markdown":
             url = {"url": data_url(file.data, body.output_format)}
-            delta["images"] = [{"type": "image_url", "index": self._images, "image_url": url}]
-            self.parts.append({"type": "image_ref", "index": self._images})
-        self._images += 1
+            delta["images"] = [{"type": "image_url", "index": self._num_images, "image_url": url}]
+            self.parts.append({"type": "image_ref", "index": self._num_images})
+        self._num_images += 1
         return delta
 
 

@@ -15,7 +15,7 @@ from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 
 
 def spec_of(body: CompletionRequest) -> GenerationSpec:
-    """The request that a body makes, without its prompt."""
+    """The settings of a body, without its prompt."""
     sampling = body.sampling()
     if body.max_tokens is not None:
         sampling["max_tokens"] = body.max_tokens
@@ -25,35 +25,35 @@ def spec_of(body: CompletionRequest) -> GenerationSpec:
 
 
 def prompts_of(body: CompletionRequest) -> list[str]:
-    """The prompts of a body, each of which gets `n` choices."""
+    """The prompts of a body; each is answered by `n` choices."""
     return [body.prompt] if isinstance(body.prompt, str) else body.prompt
 
 
 class CompletionReply:
-    """Renders the replies to one body."""
+    """The reply to one body, in full or as a stream."""
 
     def __init__(self, service: Service, body: CompletionRequest, prepared: Prepared) -> None:
         self._service, self._body, self._prepared = service, body, prepared
         self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time())
 
-    async def whole(self) -> dict[str, Any]:
-        """The reply in one piece."""
+    async def full(self) -> dict[str, Any]:
+        """The whole reply as one object."""
         replies = await self._prepared.batch.collect(self._service.options.timeout)
-        choices = [self._whole_choice(i, events) for i, events in enumerate(replies)]
+        choices = [self._full_choice(i, events) for i, events in enumerate(replies)]
         ends = (e for events in replies for e in events if isinstance(e, Finished))
         usages = dict(enumerate(end.usage for end in ends))
         return self._envelope(choices) | {"usage": self._usage(usages)}
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The same in pieces, then [DONE]."""
+        """The reply as server-sent events, then [DONE]."""
         options = self._service.options
         choices = [_Choice(self._service) for _ in self._prepared.batch.requests]
         usages: dict[int, Usage] = {}
-        async for news in self._prepared.batch.events(options.keepalive, options.timeout):
-            if news is None:
+        async for numbered in self._prepared.batch.events(options.keepalive, options.timeout):
+            if numbered is None:
                 yield KEEPALIVE
                 continue
-            index, event = news
+            index, event = numbered
             text = choices[index].text(event)
             end = event if isinstance(event, Finished) else None
             if end is not None:
@@ -65,7 +65,7 @@ class CompletionReply:
             yield sse(self._envelope([]) | {"usage": self._usage(usages)})
         yield DONE
 
-    def _whole_choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
+    def _full_choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
         choice = _Choice(self._service)
         text, end = "".join(choice.text(event) for event in events), events[-1]
         return self._choice(index, text, choice, end if isinstance(end, Finished) else None)
@@ -79,18 +79,26 @@ class CompletionReply:
         return choice_json if end is None else choice_json | {"seed": end.seed}
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        name = self._body.model or self._service.name
-        head = {"id": self._id, "object": "text_completion", "created": self._created}
-        return head | {"model": name, "choices": choices}
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._body.model or self._service.name,
+            "choices": choices,
+        }
 
     def _usage(self, usages: Mapping[int, Usage]) -> dict[str, Any]:
-        """The usage of all choices, by their indices."""
-        read = self._prepared.prompt_tokens, self._prepared.prompt_images
-        return chat_usage(*read, [usages[i] for i in sorted(usages)], len(usages) // self._body.n)
+        """The usage of all choices, which are given by their indices."""
+        return chat_usage(
+            self._prepared.prompt_tokens,
+            self._prepared.prompt_image_tokens,
+            [usages[index] for index in sorted(usages)],
+            prompts=len(usages) // self._body.n,
+        )
 
 
 class _Choice:
-    """Text and log-probabilities of one choice; offsets count the characters of its text."""
+    """The text and log-probabilities of one choice. Offsets count the characters of its text."""
 
     def __init__(self, service: Service) -> None:
         self._model, self._trimmer = service.model, Trimmer()
@@ -99,20 +107,21 @@ class _Choice:
         self._offset = 0
 
     def text(self, event: Event) -> str:
+        """The text that an event adds."""
         if isinstance(event, TokenDrawn):
             entry = logprob_entry(self._model, event.logprob)
             self._entries += [] if entry is None else [entry]
         return self._trimmer.push(event.text) if isinstance(event, TextDelta) else ""
 
     def take_logprobs(self) -> dict[str, Any]:
-        """The four lists of the legacy API, for the tokens since the last call."""
+        """The log-probabilities since the last call, as the four lists of this API."""
         entries, self._entries = self._entries, []
         offsets = []
         for entry in entries:
             offsets.append(self._offset)
-            # A token may be a part of a character; blanks at the beginning are not in the text.
-            said = self._decoder.decode(bytes(entry["bytes"]))
-            self._offset += len(said if self._offset else said.lstrip())
+            # A token may be a part of a character. Whitespace at the start is not in the text.
+            decoded = self._decoder.decode(bytes(entry["bytes"]))
+            self._offset += len(decoded if self._offset else decoded.lstrip())
         tops = [{top["token"]: top["logprob"] for top in e["top_logprobs"]} for e in entries]
         return {
             "tokens": [entry["token"] for entry in entries],

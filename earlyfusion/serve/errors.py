@@ -1,4 +1,4 @@
-"""Errors as a client sees them, in OpenAI's form. Their texts are fixed, so that no details
+"""Errors as a client sees them, in OpenAI's format. Their texts are fixed, so that no internals
 leak."""
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _FIELD = re.compile(r"^([a-z_]+)=")
 
 
 class ApiError(Exception):
-    """An HTTP reply that is an error."""
+    """An error reply: its HTTP status, and the fields of OpenAI's error object. The headers are
+    added to the reply's own."""
 
     def __init__(
         self,
@@ -40,17 +41,14 @@ class ApiError(Exception):
     @property
     def type(self) -> str:
         names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        return names.get(self.status, _family(self.status))
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        return names.get(self.status, default)
 
     @property
     def body(self) -> dict[str, Any]:
         """{"error": …} as every client of OpenAI's API reads it."""
         error = {"message": self.message, "type": self.type}
         return {"error": error | {"param": self.param, "code": self.code}}
-
-
-def _family(status: int) -> str:
-    return "server_error" if status >= 500 else "invalid_request_error"
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -74,24 +72,25 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, message, code="engine_failed", headers=_retry(1))
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), code="out_of_memory", headers=_retry(1))
-    if isinstance(error, ClientDisconnect):  # amid the body; the status is for the log
+    if isinstance(error, ClientDisconnect):  # while it sent the body; the status is for the log
         return ApiError(499, "the client has left")
     if isinstance(error, WeightsError):
         return ApiError(500, str(error), code="weights")
     if isinstance(error, EarlyFusionError):
-        return _mistake(error)
+        return _user_error(error)
     return ApiError(500, "the server failed on this request: its log says why", code="internal")
 
 
-def reported(error: BaseException) -> ApiError:
-    """As `as_api_error`; logs an error that nobody foresaw."""
-    wire = as_api_error(error)
-    if wire.code == "internal":
+def report(error: BaseException) -> ApiError:
+    """As `as_api_error`; also logs an unexpected error."""
+    api_error = as_api_error(error)
+    if api_error.code == "internal":
         log.error("a request failed", exc_info=error)
-    return wire
+    return api_error
 
 
-def _mistake(error: EarlyFusionError) -> ApiError:
+def _user_error(error: EarlyFusionError) -> ApiError:
+    # Errors about a setting begin with its name, as "top_p=2 is not possible".
     field = _FIELD.match(str(error))
     code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_value"
     return ApiError(400, str(error), param=field and field[1], code=code)

@@ -1,9 +1,9 @@
-"""Fetches images from addresses, for servers that are started with --allow-image-urls.
+"""Fetches images from URLs, for servers that are started with --allow-image-urls.
 
-An address is read by one parser and resolved once; the connection goes to the address that was
-checked, so a name that resolves differently the second time changes nothing. Only public addresses
+A URL is parsed once and its host is resolved once. The connection goes to the IP address that was
+checked, so a host that resolves differently the second time changes nothing. Only public addresses
 are allowed, over http and https on their standard ports, with few redirects (each checked like the
-first address), and limits on bytes and time.
+first URL), and limits on bytes and time.
 """
 
 from __future__ import annotations
@@ -36,27 +36,29 @@ _TUNNELS = [
 ]
 
 Resolve: TypeAlias = Callable[[str, int], list[str]]
+"""From a host and a port to the host's IP addresses."""
 
 
-def fetched(address: str, resolve: Resolve | None = None, seconds: float = SECONDS) -> bytes:
-    """The bytes at an address, if they come within `seconds` and `SECONDS`. Raises `ApiError`."""
+def fetch_image(url: str, resolve: Resolve | None = None, seconds: float = SECONDS) -> bytes:
+    """The bytes at a URL, which must arrive within `seconds`, at most `SECONDS`. Raises
+    `ApiError`."""
     end = monotonic() + min(seconds, SECONDS)
     for _ in range(REDIRECTS + 1):
-        parts, target = checked(address, resolve)
-        found = _get(parts, target, end)
-        if isinstance(found, bytes):
-            return found
-        address = urljoin(address, found)
+        parts, address = check_url(url, resolve)
+        reply = _get(parts, address, end)
+        if isinstance(reply, bytes):
+            return reply
+        url = urljoin(url, reply)
     raise _refused(f"it redirects more than {REDIRECTS} times")
 
 
-def checked(address: str, resolve: Resolve | None = None) -> tuple[SplitResult, str]:
-    """The parts of an address, and a public IP address of its host. Raises `ApiError`."""
+def check_url(url: str, resolve: Resolve | None = None) -> tuple[SplitResult, str]:
+    """The parts of a URL, and a public IP address of its host. Raises `ApiError`."""
     # Refuse what different parsers read differently.
-    if not address.isascii() or re.search(r"[\x00-\x20\x7f\\]", address):
+    if not url.isascii() or re.search(r"[\x00-\x20\x7f\\]", url):
         raise _refused("it holds blanks, control characters, backslashes or letters beyond ASCII")
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(url)
         port = parts.port
     except ValueError:
         raise _refused("it is malformed") from None
@@ -70,45 +72,45 @@ def checked(address: str, resolve: Resolve | None = None) -> tuple[SplitResult, 
     expected = _PORTS[parts.scheme]
     if port not in (None, expected):
         raise _refused(f"only port {expected} is fetched from")
-    return parts, _public(host.strip("[]"), expected, resolve or _resolved)
+    return parts, _public_address(host.strip("[]"), expected, resolve or _resolve_host)
 
 
-def _public(host: str, port: int, resolve: Resolve) -> str:
+def _public_address(host: str, port: int, resolve: Resolve) -> str:
     try:
-        found = resolve(host, port)
+        addresses = resolve(host, port)
     except (OSError, UnicodeError):
-        found = []
-    if not found:
+        addresses = []
+    if not addresses:
         raise _refused("its host has no address")
     # All of them: their order may change.
-    if not all(_is_public(one) for one in found):
+    if not all(map(_is_public_address, addresses)):
         raise _refused("its host is not on the public internet")
-    return found[0]
+    return addresses[0]
 
 
-def _resolved(host: str, port: int) -> list[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+def _resolve_host(host: str, port: int) -> list[str]:
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in entries]
 
 
-def _is_public(text: str) -> bool:
+def _is_public_address(text: str) -> bool:
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return False
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
-            return _is_public(str(address.ipv4_mapped))
+            return _is_public_address(str(address.ipv4_mapped))
         if any(address in tunnel for tunnel in _TUNNELS):
             return False
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
-def _get(parts: SplitResult, target: str, end: float) -> bytes | str:
-    """The body, or the address that a redirect leads to."""
-    connection = _Pinned(parts, target, end)
+def _get(parts: SplitResult, address: str, end: float) -> bytes | str:
+    """The body of the reply, or the URL that it redirects to."""
+    connection = _PinnedConnection(parts, address, end)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    # The socket's own timeout never ends a server that sends a byte now and then.
+    # The socket's own timeout starts again with each byte.
     timer = Timer(max(end - monotonic(), 0), connection.abort)
     timer.start()
     try:
@@ -137,22 +139,22 @@ def _body(reply: http.client.HTTPResponse, end: float) -> bytes:
     return data
 
 
-class _Pinned(http.client.HTTPConnection):
+class _PinnedConnection(http.client.HTTPConnection):
     """A connection to a given IP address of a host."""
 
-    def __init__(self, parts: SplitResult, target: str, end: float) -> None:
+    def __init__(self, parts: SplitResult, address: str, end: float) -> None:
         super().__init__(parts.hostname or "", _PORTS[parts.scheme])
-        self._secure, self._target, self._end = parts.scheme == "https", target, end
+        self._secure, self._address, self._end = parts.scheme == "https", address, end
 
     def connect(self) -> None:
         left = max(self._end - monotonic(), 0.01)
-        self.sock = socket.create_connection((self._target, self.port), left)
+        self.sock = socket.create_connection((self._address, self.port), left)
         if self._secure:
             context = ssl.create_default_context()
             self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self) -> None:
-        """End the connection, even while it waits; called from another thread."""
+        """Close the connection, even while it waits; called from another thread."""
         if self.sock is not None:
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)

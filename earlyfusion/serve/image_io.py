@@ -1,4 +1,5 @@
-"""Images of requests and replies: files -> `Image`, within limits; pixels -> files, data URLs."""
+"""Images in requests and replies: files to `Image`, within limits; PIL images to files and
+base64."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.protocol import Format
 from earlyfusion.serve.store import MEDIA_TYPES
 
-# First bytes -> media type, and the class that reads the header; `Image.from_bytes` reads the rest.
-# Only formats that every client has.
+# The first bytes of a file: its media type, and Pillow's class that reads the header. Fewer formats
+# than `Image.from_bytes` reads: those that every client has.
 _FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
     b"\x89PNG\r\n\x1a\n": ("image/png", PngImageFile),
     b"\xff\xd8\xff": ("image/jpeg", JpegImageFile),
@@ -31,18 +32,17 @@ _FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
     b"GIF8": ("image/gif", GifImageFile),
     b"BM": ("image/bmp", BmpImageFile),
 }
-
-
 # Each scan of a progressive JPEG visits the whole image, and may take only forty bytes. Usual
 # files have about ten.
 MAX_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
-_BEGIN_SCAN, _END_OF_FILE = b"\xda", b"\xd9"
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
 
 
 @dataclass
 class ImageLimits:
-    """The limits of all images of one request together; `read` counts."""
+    """Checks the images of one request against the limits of `options`. `images` and `pixels` count
+    those so far."""
 
     options: ServeOptions
     images: int = 0
@@ -59,10 +59,10 @@ class ImageLimits:
             )
 
     def read(self, data: bytes) -> Image:
-        """The image of a file, whose size is checked before a pixel is decoded. Raises
+        """The image of a file. Its size is checked before any pixel is decoded. Raises
         `ApiError`."""
         self.count()
-        kind, (width, height) = _header(data)
+        file_type, (width, height) = _read_header(data)
         limits = self.options
         self.pixels += width * height
         if max(width, height) > limits.max_image_side or width * height > limits.max_image_pixels:
@@ -74,7 +74,7 @@ class ImageLimits:
             raise _too_large(
                 f"the images have over {limits.max_total_pixels:,} pixels together, the limit"
             )
-        if kind == "image/jpeg" and _scans(data) > MAX_SCANS:
+        if file_type == "image/jpeg" and _num_scans(data) > MAX_SCANS:
             raise ApiError(
                 400,
                 f"an image is a JPEG of over {MAX_SCANS} scans, the limit: save it again",
@@ -82,39 +82,40 @@ class ImageLimits:
             )
         try:
             return Image.from_bytes(data)
-        except ImageError:  # names formats that are not read here
+        except ImageError:  # its text names formats that the server does not read
             raise _damaged() from None
 
 
 def media_type(data: bytes) -> str:
     """The media type of an image's file, by its first bytes. Raises `ApiError`."""
-    return _header(data)[0]
+    return _read_header(data)[0]
 
 
-def _header(data: bytes) -> tuple[str, tuple[int, int]]:
+def _read_header(data: bytes) -> tuple[str, tuple[int, int]]:
+    """The media type of an image's file, and (width, height). Raises `ApiError`."""
     if not data:
         raise ApiError(400, "an image has no bytes: send the whole file", code="invalid_image")
-    known = (entry for start, entry in _FORMATS.items() if data.startswith(start))
-    name, reader = next(known, (None, None))
-    if name is None or reader is None:
+    matching = (entry for start, entry in _FORMATS.items() if data.startswith(start))
+    file_type, reader = next(matching, (None, None))
+    if file_type is None or reader is None:
         raise ApiError(
             400,
             "an image is in no format that is read here: send PNG, JPEG, WEBP, GIF or BMP",
             code="invalid_image",
         )
     try:
-        return name, reader(BytesIO(data)).size
-    except Exception:  # a parser of foreign bytes may raise anything, and its text may leak
+        return file_type, reader(BytesIO(data)).size
+    except Exception:  # a parser of untrusted bytes may raise anything; its text may leak internals
         raise _damaged() from None
 
 
-def _scans(data: bytes) -> int:
-    """The number of scans of a JPEG file, as far as the limit."""
+def _num_scans(data: bytes) -> int:
+    """The number of scans of a JPEG file; counts no further than `MAX_SCANS` + 1."""
     count = at = 0
     while count <= MAX_SCANS and (found := _JPEG_MARKER.search(data, at)) is not None:
-        if found[1] == _END_OF_FILE:  # behind it some cameras put a film
+        if found[1] == _END_OF_IMAGE:  # some cameras append a video
             break
-        count += found[1] == _BEGIN_SCAN
+        count += found[1] == _START_OF_SCAN
         # A segment begins with its length, which includes these two bytes.
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     return count
@@ -130,21 +131,21 @@ def _too_large(message: str) -> ApiError:
     return ApiError(400, f"{message}: send it smaller", code="image_too_large")
 
 
-def unpacked(address: str) -> bytes:
-    """The bytes of a data URL. Raises `ApiError`."""
-    head, comma, body = address.partition(",")
-    kind = head.lower()
-    if not (comma and kind.startswith("data:image/") and kind.endswith(";base64")):
+def decode_data_url(url: str) -> bytes:
+    """The bytes of an image in a data URL. Raises `ApiError`."""
+    head, comma, body = url.partition(",")
+    head = head.lower()
+    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
         raise ApiError(
             400,
             "a data URL of an image begins with data:image/png;base64, or another image type",
             code="invalid_image",
         )
-    return decoded(body)
+    return decode_base64(body)
 
 
-def decoded(text: str) -> bytes:
-    """The bytes of base64. Raises `ApiError`."""
+def decode_base64(text: str) -> bytes:
+    """The bytes of an image in base64. Raises `ApiError`."""
     try:
         return base64_bytes(text)
     except ValueError:
@@ -153,8 +154,8 @@ def decoded(text: str) -> bytes:
         ) from None
 
 
-def encoded(image: PIL.Image.Image, output_format: Format, compression: int = 100) -> bytes:
-    """The file of an image; `compression` is the quality of webp and jpeg, 0 to 100."""
+def encode_image(image: PIL.Image.Image, output_format: Format, compression: int = 100) -> bytes:
+    """The bytes of an image file; `compression` is the quality of webp and jpeg, 0 to 100."""
     file = BytesIO()
     if output_format == "png":
         image.save(file, "PNG")
@@ -163,10 +164,10 @@ def encoded(image: PIL.Image.Image, output_format: Format, compression: int = 10
     return file.getvalue()
 
 
-def packed(data: bytes) -> str:
-    """Base64 of a file."""
+def to_base64(data: bytes) -> str:
+    """The bytes of a file in base64."""
     return base64.b64encode(data).decode("ascii")
 
 
 def data_url(data: bytes, output_format: Format) -> str:
-    return f"data:{MEDIA_TYPES[output_format]};base64,{packed(data)}"
+    return f"data:{MEDIA_TYPES[output_format]};base64,{to_base64(data)}"

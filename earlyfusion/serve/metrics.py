@@ -1,4 +1,4 @@
-"""The metrics at /metrics for Prometheus: vLLM's names where they fit, and those of images."""
+"""/metrics for Prometheus: vLLM's names where they fit, and metrics of images."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
 
 
 class Metrics:
-    """Counters of one server; `observe` is called with every event of every reply."""
+    """The metrics of one server; `observe` is called with every event of every reply."""
 
     def __init__(self, driver: Drivers, model: str) -> None:
         self._registry = CollectorRegistry()
         names, labels = ("model_name",), {"model_name": model}
 
         def gauge(name: str, help: str) -> Gauge:
-            made = Gauge(f"earlyfusion:{name}", help, names, registry=self._registry)
-            return made.labels(**labels)
+            metric = Gauge(f"earlyfusion:{name}", help, names, registry=self._registry)
+            return metric.labels(**labels)
 
         def counter(name: str, help: str) -> Counter:
-            made = Counter(f"earlyfusion:{name}", help, names, registry=self._registry)
-            made.labels(**labels)  # so that it is 0, not missing, before the first request
-            return made
+            metric = Counter(f"earlyfusion:{name}", help, names, registry=self._registry)
+            metric.labels(**labels)  # so that it is 0, not missing, before the first request
+            return metric
 
         def seconds(name: str, help: str) -> Histogram:
-            made = Histogram(
+            metric = Histogram(
                 f"earlyfusion:{name}", help, names, buckets=_SECONDS, registry=self._registry
             )
-            made.labels(**labels)
-            return made
+            metric.labels(**labels)
+            return metric
 
         gauge("num_requests_running", "Requests that generate tokens.").set_function(
             lambda: driver.running
@@ -76,60 +76,60 @@ class Metrics:
         self.image_codes = counter("image_codes", "Codes of generated images.")
         self.cancelled = counter("requests_cancelled", "Requests whose client went away.")
         self.first_token = seconds("time_to_first_token_seconds", "Admission to first output.")
-        self.whole = seconds("e2e_request_latency_seconds", "Admission to the last token.")
-        self.image = seconds("image_seconds", "An image, from its first code to its last.")
+        self.latency = seconds("e2e_request_latency_seconds", "Admission to the last token.")
+        self.image_latency = seconds("image_seconds", "An image, from its first code to its last.")
         self._success = Counter(
             "earlyfusion:request_success",
             "Requests that were answered.",
             (*names, "finished_reason"),
             registry=self._registry,
         )
-        self._refused = Counter(
+        self._errors = Counter(
             "earlyfusion:http_errors", "Error replies.", ("status",), registry=self._registry
         )
         self._model = model
-        self._labelled: dict[tuple[object, ...], Any] = {}
+        self._with_labels: dict[tuple[object, ...], Any] = {}
 
-    def _of(self, metric: Metric, *labels: str) -> Metric:
-        """The metric with these labels; prometheus_client looks them up slowly."""
-        found = self._labelled.get((metric, *labels))
+    def _labelled(self, metric: Metric, *labels: str) -> Metric:
+        """The metric with these labels, cached, as prometheus_client's lookup is slow."""
+        found = self._with_labels.get((metric, *labels))
         if found is None:
-            found = self._labelled[metric, *labels] = metric.labels(*labels)
+            found = self._with_labels[metric, *labels] = metric.labels(*labels)
         return cast(Metric, found)
 
     def observe(self, batch: Batch, index: int, event: Event) -> None:
-        """Count one event of request `index` of the batch, under the name of the adapter or the
-        model that answers."""
+        """Count one event of request `index` of a batch, under the name of the adapter or the model
+        that answers it."""
         if isinstance(event, ImageProgress) or (batch.has_output and isinstance(event, TextDelta)):
             return  # most events
         now, name = monotonic(), batch.requests[0].adapter or self._model
         if isinstance(event, TextDelta | ImageStarted) and not batch.has_output:
             batch.has_output = True
-            self._of(self.first_token, name).observe(now - batch.admitted_at)
+            self._labelled(self.first_token, name).observe(now - batch.admitted_at)
         if isinstance(event, ImageStarted):
-            self._of(self.images_started, name).inc()
+            self._labelled(self.images_started, name).inc()
             batch.image_started_at[index] = now
         if isinstance(event, ImageDone):
-            self._of(self.images_done, name).inc()
-            self._of(self.image_codes, name).inc(event.codes.size)
-            self._of(self.image, name).observe(now - batch.image_started_at[index])
+            self._labelled(self.images_done, name).inc()
+            self._labelled(self.image_codes, name).inc(event.codes.size)
+            self._labelled(self.image_latency, name).observe(now - batch.image_started_at[index])
         if isinstance(event, Finished):
-            self._of(self.prompt_tokens, name).inc(event.usage.prompt_tokens)
-            self._of(self.cache_queries, name).inc(event.usage.prompt_tokens)
-            self._of(self.cache_hits, name).inc(event.usage.cached_tokens)
-            self._of(self.generation_tokens, name).inc(event.usage.completion_tokens)
-            self._of(self.whole, name).observe(now - batch.admitted_at)
-            self._of(self._success, name, event.reason).inc()
+            self._labelled(self.prompt_tokens, name).inc(event.usage.prompt_tokens)
+            self._labelled(self.cache_queries, name).inc(event.usage.prompt_tokens)
+            self._labelled(self.cache_hits, name).inc(event.usage.cached_tokens)
+            self._labelled(self.generation_tokens, name).inc(event.usage.completion_tokens)
+            self._labelled(self.latency, name).observe(now - batch.admitted_at)
+            self._labelled(self._success, name, event.reason).inc()
 
-    def cancel(self, batch: Batch) -> None:
-        """Count a request whose client went away."""
-        answering = batch.requests[0].adapter if batch.requests else ""
-        self.cancelled.labels(answering or self._model).inc()
+    def count_cancelled(self, batch: Batch) -> None:
+        """Count an HTTP request whose client left early."""
+        name = batch.requests[0].adapter if batch.requests else ""
+        self.cancelled.labels(name or self._model).inc()
 
-    def refuse(self, status: int) -> None:
+    def count_error(self, status: int) -> None:
         """Count an error reply."""
-        self._refused.labels(str(status)).inc()
+        self._errors.labels(str(status)).inc()
 
     def text(self) -> bytes:
-        """The page of /metrics."""
+        """The reply of /metrics."""
         return generate_latest(self._registry)

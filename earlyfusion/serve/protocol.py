@@ -34,7 +34,7 @@ MAX_VALUES = 50_000  # of a body: an error of pydantic about one of them takes a
 MAX_CHARACTERS = 100_000  # of a text to tokenize, in which no other thread runs
 
 
-class Wire(BaseModel):
+class StrictModel(BaseModel):
     """A JSON object: no unknown fields, no conversions between types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -69,7 +69,7 @@ def _check_compression(output_format: Format, compression: int) -> None:
         raise ValueError("output_compression needs output_format: webp or jpeg")
 
 
-class Sampling(Wire):
+class Sampling(StrictModel):
     """The fields of `SamplingParams` that JSON can express; `SamplingParams` checks their
     limits."""
 
@@ -97,11 +97,11 @@ class Sampling(Wire):
 # --- What the text of a reply must fit ---
 
 
-class PlainText(Wire):
+class PlainText(StrictModel):
     type: Literal["text"]
 
 
-class AnyObject(Wire):
+class AnyObject(StrictModel):
     """Any JSON object."""
 
     type: Literal["json_object"]
@@ -110,7 +110,7 @@ class AnyObject(Wire):
         return {"json_schema": {"type": "object"}}
 
 
-class Schema(Wire):
+class Schema(StrictModel):
     """`name`, `description` and `strict` have no effect: a reply always fits its schema."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -124,7 +124,7 @@ class Schema(Wire):
         return {"json_schema": self.schema_}
 
 
-class NamedSchema(Wire):
+class NamedSchema(StrictModel):
     """A schema as chats have it."""
 
     type: Literal["json_schema"]
@@ -140,7 +140,7 @@ class FlatSchema(Schema):
     type: Literal["json_schema"]
 
 
-class Pattern(Wire):
+class Pattern(StrictModel):
     type: Literal["regex"]
     pattern: str
 
@@ -148,7 +148,7 @@ class Pattern(Wire):
         return {"regex": self.pattern}
 
 
-class LarkGrammar(Wire):
+class LarkGrammar(StrictModel):
     type: Literal["grammar"]
     grammar: str
 
@@ -207,7 +207,7 @@ class TextSampling(Sampling):
         return {} if shape is None or isinstance(shape, PlainText) else shape.fields()
 
 
-class Bookkeeping(Wire):
+class Bookkeeping(StrictModel):
     """Fields of every route that generates; they are accepted without effect."""
 
     user: str | None = None
@@ -219,12 +219,12 @@ class Bookkeeping(Wire):
 # --- Chat completions ---
 
 
-class ImageUrl(Wire):
+class ImageUrl(StrictModel):
     url: str
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-class Part(Wire):
+class Part(StrictModel):
     """A part of a message. Marks for a prompt cache have no effect: shared prefixes are found."""
 
     prompt_cache_breakpoint: dict[str, Any] | None = None
@@ -241,7 +241,7 @@ class ImagePart(Part):
     index: int | None = None
 
 
-class FileId(Wire):
+class FileId(StrictModel):
     file_id: str
 
 
@@ -263,7 +263,7 @@ Content = Annotated[
 ]
 
 
-class ImageRef(Wire):
+class ImageRef(StrictModel):
     type: Literal["image_ref"]
     index: int
 
@@ -273,7 +273,7 @@ OrderedPart = Annotated[
 ]
 
 
-class ChatMessage(Wire):
+class ChatMessage(StrictModel):
     """A turn. `images` and `parts` are those of an earlier reply of this server, or of one like
     OpenRouter's; the other fields of OpenAI's assistant turns must be empty."""
 
@@ -290,7 +290,7 @@ class ChatMessage(Wire):
     reasoning: None = None
 
 
-class StreamOptions(Wire):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
@@ -474,7 +474,7 @@ class EditRequest(ImageOptions):
     images: list[EditImage] | None = None
 
 
-class EditImage(Wire):
+class EditImage(StrictModel):
     image_url: str | None = None
     file_id: str | None = None
 
@@ -517,14 +517,14 @@ _InputContent = Annotated[
 ]
 
 
-class ItemReference(Wire):
+class ItemReference(StrictModel):
     """An item of an earlier reply, by its id."""
 
     type: Literal["item_reference"]
     id: str
 
 
-class InputMessage(Wire):
+class InputMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: _InputContent
     type: Literal["message"] = "message"
@@ -533,7 +533,7 @@ class InputMessage(Wire):
     phase: None = None
 
 
-class InputImageCall(Wire):
+class InputImageCall(StrictModel):
     """An image of an earlier reply: by its id, or by its pixels."""
 
     type: Literal["image_generation_call"]
@@ -563,7 +563,7 @@ InputItem = Annotated[
 ]
 
 
-class ImageTool(Wire):
+class ImageTool(StrictModel):
     """The tool that lets a reply hold images."""
 
     type: Literal["image_generation"]
@@ -584,16 +584,16 @@ class ImageTool(Wire):
         return self
 
 
-class ToolName(Wire):
+class ToolName(StrictModel):
     type: Literal["image_generation"]
 
 
-class TextFormat(Wire):
+class TextFormat(StrictModel):
     format: ResponseFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class PlainStreamOptions(Wire):
+class PlainStreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -658,7 +658,7 @@ class ResponseRequest(TextSampling, Bookkeeping):
 # --- Tokens ---
 
 
-class TokenizeRequest(Wire):
+class TokenizeRequest(StrictModel):
     """/tokenize: the tokens of a text, or of the whole prompt made of messages."""
 
     neutral = {"add_special_tokens": (False,), "add_generation_prompt": (True,)}  # of vLLM
@@ -679,7 +679,7 @@ class TokenizeRequest(Wire):
         return self
 
 
-class DetokenizeRequest(Wire):
+class DetokenizeRequest(StrictModel):
     """/detokenize."""
 
     max_values = 1_000_010
@@ -692,7 +692,7 @@ class DetokenizeRequest(Wire):
 
 EditRequest.model_rebuild()
 
-AnyRequest = TypeVar("AnyRequest", bound=Wire)
+AnyRequest = TypeVar("AnyRequest", bound=StrictModel)
 
 
 def read(
@@ -739,7 +739,7 @@ def _check_size(data: Any, most: int) -> None:
         containers += [value for value in values if isinstance(value, dict | list)]
 
 
-def _changes_nothing(model: type[Wire], name: str, value: Any) -> bool:
+def _changes_nothing(model: type[StrictModel], name: str, value: Any) -> bool:
     if value is None:
         return True
     if isinstance(value, dict):
@@ -762,7 +762,7 @@ def _with_name(error: ErrorDetails, data: Any) -> ErrorDetails:
     return error
 
 
-def _refusal(model: type[Wire], first: ErrorDetails, data: Any) -> ApiError:
+def _refusal(model: type[StrictModel], first: ErrorDetails, data: Any) -> ApiError:
     path, code = _path(data, first["loc"]), "invalid_value"
     field = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
@@ -792,7 +792,7 @@ def _refusal(model: type[Wire], first: ErrorDetails, data: Any) -> ApiError:
     return ApiError(400, message, param=path or field, code=code)
 
 
-def _unknown(model: type[Wire], loc: tuple[int | str, ...], path: str) -> str:
+def _unknown(model: type[StrictModel], loc: tuple[int | str, ...], path: str) -> str:
     name = str(loc[-1])
     if len(loc) == 1 and name in model.why_not:
         return f"{path}: {model.why_not[name]}"

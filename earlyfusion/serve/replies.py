@@ -1,4 +1,4 @@
-"""Parts of all routes' replies: text as `Reply` shows it, streams of events, usage, logprobs."""
+"""Parts of replies that all routes share: streamed text, event streams, usage, logprobs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from starlette.types import Message, Receive, Scope, Send
 from earlyfusion.api import Chameleon
 from earlyfusion.generation.request import TokenLogprob, Usage
 from earlyfusion.serve.driver import Batch
-from earlyfusion.serve.errors import reported
+from earlyfusion.serve.errors import report
 
 Result = TypeVar("Result")
-# A stream may take these seconds more than its reply, whose last event may say that it was late.
+# How much longer than its reply a stream may take, in seconds: a reply that takes too long still
+# sends an error as its last event.
 UNREAD_SECONDS = 30.0
 KEEPALIVE = b": keepalive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
 class Trimmer:
-    """Deltas of one text segment, without the blanks at its ends that `Reply` leaves out.
+    """Strips the whitespace around one streamed text segment, as `Reply` does. `keep_leading` keeps
+    that at its start, for a reply that continues an assistant's turn."""
 
-    With `keep_lead` those at its beginning stay, as it continues an assistant's turn.
-    """
-
-    def __init__(self, keep_lead: bool = False) -> None:
-        self._begun, self._held = keep_lead, ""
+    def __init__(self, keep_leading: bool = False) -> None:
+        self._has_text, self._held_back = keep_leading, ""
 
     def push(self, delta: str) -> str:
-        """The text to show now; blanks wait for the text that follows."""
-        text = self._held + delta
-        text = text if self._begun else text.lstrip()
-        shown = text.rstrip()
-        self._held, self._begun = text[len(shown) :], self._begun or bool(shown)
-        return shown
+        """The text to send now. Whitespace at its end is held back until more text follows."""
+        text = self._held_back + delta
+        text = text if self._has_text else text.lstrip()
+        stripped = text.rstrip()
+        self._held_back = text[len(stripped) :]
+        self._has_text = self._has_text or bool(stripped)
+        return stripped
 
 
 class JsonReply(Response):
@@ -51,11 +51,11 @@ class JsonReply(Response):
 
 
 class EventStream(Response):
-    """Server-sent events of a batch, which is closed however the stream ends: by itself, as the
-    client leaves, or after `seconds`, as a client that reads nothing would hold it forever.
+    """Server-sent events of a batch. The batch is closed when the stream ends, when the client
+    leaves, or after `seconds`, as a client that reads nothing could hold it forever.
 
-    Not starlette's StreamingResponse, as chunks that are ready together are sent together: each
-    message costs more than the text in it.
+    Unlike starlette's StreamingResponse, this joins the chunks that are ready at the same time:
+    each send takes longer than making a chunk.
     """
 
     media_type = "text/event-stream"
@@ -91,8 +91,8 @@ class EventStream(Response):
                 if not self._batch.can_continue:
                     await send(_body(pieces, more=True))
                     pieces = []
-        except Exception as error:  # in the middle of the stream: it is its last event
-            pieces.append(sse(reported(error).body))
+        except Exception as error:  # the status has been sent: the error is the last event
+            pieces.append(sse(report(error).body))
         await send(_body(pieces, more=False))
 
 
@@ -101,31 +101,31 @@ class DisconnectedError(Exception):
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`. If the client closes the connection first, `work` is cancelled, and
+    """The result of `work`. If the client closes the connection first, `work` is cancelled and
     `DisconnectedError` raised."""
-    task, over, left = asyncio.current_task(), False, False
+    task, is_done, has_left = asyncio.current_task(), False, False
     assert task is not None
-    gone = asyncio.ensure_future(_disconnected(receive))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
 
-    def leave(_: object) -> None:
-        nonlocal left
-        if not over:
-            left = True
+    def cancel_work(_: object) -> None:
+        nonlocal has_left
+        if not is_done:
+            has_left = True
             task.cancel()
 
-    gone.add_done_callback(leave)
+    disconnect.add_done_callback(cancel_work)
     try:
         return await work
     except asyncio.CancelledError:
-        if left and not task.uncancel():
+        if has_left and not task.uncancel():
             raise DisconnectedError from None
         raise
     finally:
-        over = True
-        gone.cancel()
+        is_done = True
+        disconnect.cancel()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -138,35 +138,36 @@ def _body(pieces: list[bytes], more: bool) -> Message:
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-# Python's `splitlines` ends a line at these letters too, and with it httpx's `iter_lines`, by which
-# some clients read streams: as escapes they are safe.
-_LINE_ENDS = {letter: f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+# Python's `splitlines` also ends lines at these characters, and so does httpx's `iter_lines`, with
+# which some clients read streams. Escapes are safe.
+_LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
 def to_json(content: Any) -> bytes:
+    """Compact JSON in UTF-8; lone surrogates are escaped."""
     return _utf8(_ENCODER.encode(content))
 
 
 def json_text(text: str) -> bytes:
-    """A string as `to_json` writes it, several times as fast."""
+    """A string as `to_json` writes it, but several times as fast."""
     return _utf8(encode_basestring(text))
 
 
 def _utf8(text: str) -> bytes:
     if not text.isascii():
-        for letter, escape in _LINE_ENDS.items():
-            text = text.replace(letter, escape)
+        for character, escape in _LINE_ENDS.items():
+            text = text.replace(character, escape)
     return text.encode("utf-8", "backslashreplace")
 
 
 def sse(data: Any, event: str | None = None) -> bytes:
-    """One server-sent event."""
+    """One server-sent event with JSON data, and optionally its name."""
     name = b"" if event is None else b"event: " + event.encode() + b"\n"
     return name + b"data: " + to_json(data) + b"\n\n"
 
 
-def image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
-    """How many of a prompt's tokens spell images, their marks included."""
+def count_image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
+    """The number of tokens that spell images in a prompt, with their begin and end tokens."""
     begin, end = model.processor.vocabulary.begin_image, model.processor.vocabulary.end_image
     count, inside = 0, False
     for token in ids:
@@ -177,48 +178,51 @@ def image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
 
 
 def chat_usage(
-    prompt_tokens: int, prompt_images: int, usages: Sequence[Usage], prompts: int = 1
+    prompt_tokens: int, prompt_image_tokens: int, usages: Sequence[Usage], prompts: int = 1
 ) -> dict[str, Any]:
-    """Usage by modality; several choices of one prompt read it once. The choices of each of the
-    `prompts` follow one another in `usages`."""
-    done = sum(usage.completion_tokens for usage in usages)
+    """OpenAI's `usage`, by modality. `usages` has an entry per choice, those of one prompt
+    adjacent; `prompts` is the number of prompts. The tokens of each prompt are counted once."""
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
     image_tokens = sum(usage.image_tokens for usage in usages)
     cached = {"cached_tokens": _cached_tokens(usages, prompts)}
     return {
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": done,
-        "total_tokens": prompt_tokens + done,
-        "prompt_tokens_details": _by_modality(prompt_tokens, prompt_images) | cached,
-        "completion_tokens_details": _by_modality(done, image_tokens),
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": _by_modality(prompt_tokens, prompt_image_tokens) | cached,
+        "completion_tokens_details": _by_modality(completion_tokens, image_tokens),
     }
 
 
 def _cached_tokens(usages: Sequence[Usage], prompts: int) -> int:
-    """Tokens of prompts that the cache held before. The first choice of a prompt to run reads what
-    it did not hold; the others find that, too."""
+    """The number of prompt tokens that the prefix cache held before this HTTP request: the minimum
+    over the choices of a prompt, as later choices also find what the first has added."""
     choices = max(len(usages) // prompts, 1)
-    first = range(0, len(usages), choices)
-    return sum(min(u.cached_tokens for u in usages[start : start + choices]) for start in first)
+    starts = range(0, len(usages), choices)
+    return sum(min(u.cached_tokens for u in usages[start : start + choices]) for start in starts)
 
 
-def image_usage(prompt_tokens: int, prompt_images: int, usages: Sequence[Usage]) -> dict[str, Any]:
-    """The same under the names of the Images and Responses APIs, without cached tokens."""
-    chat = chat_usage(prompt_tokens, prompt_images, usages)
+def image_usage(
+    prompt_tokens: int, prompt_image_tokens: int, usages: Sequence[Usage]
+) -> dict[str, Any]:
+    """As `chat_usage`, under the names of the Images and Responses APIs and without cached
+    tokens."""
+    chat = chat_usage(prompt_tokens, prompt_image_tokens, usages)
     return {
         "input_tokens": chat["prompt_tokens"],
-        "input_tokens_details": _by_modality(prompt_tokens, prompt_images),
+        "input_tokens_details": _by_modality(prompt_tokens, prompt_image_tokens),
         "output_tokens": chat["completion_tokens"],
         "output_tokens_details": chat["completion_tokens_details"],
         "total_tokens": chat["total_tokens"],
     }
 
 
-def _by_modality(tokens: int, images: int) -> dict[str, int]:
-    return {"text_tokens": tokens - images, "image_tokens": images}
+def _by_modality(tokens: int, image_tokens: int) -> dict[str, int]:
+    return {"text_tokens": tokens - image_tokens, "image_tokens": image_tokens}
 
 
 def logprob_entry(model: Chameleon, token: TokenLogprob) -> dict[str, Any] | None:
-    """A text token's entry of `logprobs`; None for the others (codes, marks, the end)."""
+    """The entry of a text token in OpenAI's `logprobs`; None for image and control tokens."""
     data = model.processor.token_bytes(token.id)
     if not data:
         return None
@@ -227,6 +231,6 @@ def logprob_entry(model: Chameleon, token: TokenLogprob) -> dict[str, Any] | Non
 
 
 def _entry(bytes_of: Callable[[int], bytes], token: TokenLogprob) -> dict[str, Any]:
-    # JSON has no minus infinity; OpenAI writes -9999 for an impossible token.
+    # JSON has no minus infinity; OpenAI writes -9999 for a token of probability 0.
     logprob = max(token.logprob, -9999.0)
     return {"token": token.text, "logprob": logprob, "bytes": list(bytes_of(token.id))}

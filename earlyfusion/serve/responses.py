@@ -1,6 +1,6 @@
 """/v1/responses: ordered message and image_generation_call items, and all events of a stream.
 
-The reply in one piece is the last event's `response`, so both are the same by construction.
+The full reply is the `response` of a stream's last event, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from earlyfusion.generation.request import (
     TokenDrawn,
 )
 from earlyfusion.generation.settings import Output
-from earlyfusion.serve.errors import ApiError, reported
-from earlyfusion.serve.image_io import packed
+from earlyfusion.serve.errors import ApiError, report
+from earlyfusion.serve.image_io import to_base64
 from earlyfusion.serve.protocol import ImageTool, ItemReference, ResponseRequest
 from earlyfusion.serve.replies import KEEPALIVE, Trimmer, image_usage, logprob_entry, sse
 from earlyfusion.serve.service import GenerationSpec, Prepared, Service
-from earlyfusion.serve.store import Conversation, new_key
+from earlyfusion.serve.store import Conversation, random_id
 
 Json = dict[str, Any]
 _LOGPROBS = "message.output_text.logprobs"
 
 
 def spec_of(body: ResponseRequest) -> GenerationSpec:
-    """The request that a body makes, without its prompt."""
+    """The settings of a body, without its prompt."""
     sampling, tool = body.sampling(), _tool(body)
     if body.max_output_tokens is not None:
         sampling["max_tokens"] = body.max_output_tokens
@@ -46,7 +46,7 @@ def spec_of(body: ResponseRequest) -> GenerationSpec:
         sampling,
         body.seed,
         size=image_tool.size if image_tool else None,
-        # Without a stream nobody would see them.
+        # Without a stream, partial images would not be sent.
         partial_images=image_tool.partial_images if image_tool and body.stream else 0,
         model=body.model,
         limit_field="max_output_tokens",
@@ -70,7 +70,7 @@ def check_models(service: Service, body: ResponseRequest) -> None:
 
 
 def referenced(service: Service, body: ResponseRequest) -> dict[str, Segment]:
-    """The items of earlier replies that a body names by their ids. Raises `ApiError`."""
+    """The segments of the items that a body refers to, by their ids. Raises `ApiError`."""
     if isinstance(body.input, str):
         return {}
     ids = [item.id for item in body.input if isinstance(item, ItemReference)]
@@ -88,8 +88,10 @@ def _output(body: ResponseRequest) -> Output:
 
 
 def _format(body: ResponseRequest) -> Json:
-    form = None if body.text is None else body.text.format
-    return {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
+    text_format = None if body.text is None else body.text.format
+    if text_format is None:
+        return {"type": "text"}
+    return text_format.model_dump(by_alias=True, exclude_none=True)
 
 
 def with_instructions(body: ResponseRequest, turns: Sequence[Message]) -> list[Message]:
@@ -98,7 +100,8 @@ def with_instructions(body: ResponseRequest, turns: Sequence[Message]) -> list[M
 
 
 class ResponseReply:
-    """Renders the reply to one body; `turns` is the conversation without `instructions`."""
+    """The reply to one body, in full or as a stream; `turns` is the conversation without
+    `instructions`."""
 
     def __init__(
         self, service: Service, body: ResponseRequest, prepared: Prepared, turns: Sequence[Message]
@@ -106,80 +109,81 @@ class ResponseReply:
         self._service, self._body, self._prepared, self._turns = service, body, prepared, turns
         self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time())
         self._tool = _tool(body) or ImageTool(type="image_generation")
-        self._number = 0
+        self._sequence_number = 0
         self._output: list[Json] = []
         self._segments: list[Segment] = []
         self._item: _TextItem | None = None
         self._image_call: Json | None = None
-        self._partials = 0
-        self._lead = prepared.continues
+        self._num_partials = 0
+        self._keep_leading = prepared.continues
 
-    async def whole(self) -> Json:
-        """The reply in one piece. Raises what ended it."""
+    async def full(self) -> Json:
+        """The whole reply as one object. Raises the error that ended it."""
         response: Json = {}
-        async for sent in self._events(None):
-            response = sent.get("response", response) if sent is not None else response
+        async for event in self._events(None):
+            response = event.get("response", response) if event is not None else response
         return response
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events; after an error the last one is `response.failed`."""
         try:
-            async for sent in self._events(self._service.options.keepalive):
-                yield KEEPALIVE if sent is None else sse(sent, sent["type"])
+            async for event in self._events(self._service.options.keepalive):
+                yield KEEPALIVE if event is None else sse(event, event["type"])
         except Exception as error:
-            for sent in self._failed(reported(error)):
-                yield sse(sent, sent["type"])
+            for event in self._failed(report(error)):
+                yield sse(event, event["type"])
 
-    async def _events(self, tick: float | None) -> AsyncIterator[Json | None]:
+    async def _events(self, idle_seconds: float | None) -> AsyncIterator[Json | None]:
+        """The events for the client; None after `idle_seconds` without any."""
         for step in ("created", "in_progress"):
             yield self._event(f"response.{step}", response=self._response("in_progress"))
         timeout = self._service.options.timeout
-        async for news in self._prepared.batch.events(tick, timeout):
-            if news is None:
+        async for numbered in self._prepared.batch.events(idle_seconds, timeout):
+            if numbered is None:
                 yield None
                 continue
-            async for sent in self._of(news[1]):
-                yield sent
+            async for api_event in self._events_of(numbered[1]):
+                yield api_event
 
-    async def _of(self, event: Event) -> AsyncIterator[Json]:
-        """The events for the client of one event of the model."""
+    async def _events_of(self, event: Event) -> AsyncIterator[Json]:
+        """The events for the client that follow from one event of the model."""
         if isinstance(event, TextDelta | TokenDrawn):
-            for sent in self._text(event):
-                yield sent
+            for api_event in self._text_events(event):
+                yield api_event
         if isinstance(event, ImageStarted):
-            for sent in [*self._end_text(), *self._begin_image()]:
-                yield sent
+            for api_event in [*self._end_text(), *self._begin_image()]:
+                yield api_event
         if isinstance(event, ImagePreview):
             yield await self._partial(event)
         if isinstance(event, ImageDone):
-            for sent in await self._end_image(event):
-                yield sent
+            for api_event in await self._end_image(event):
+                yield api_event
         if isinstance(event, Finished):
             status = "completed" if event.reason == "stop" else "incomplete"
-            for sent in [*self._end_text(status), self._finish(event, status)]:
-                yield sent
+            for api_event in [*self._end_text(status), self._finish(event, status)]:
+                yield api_event
 
-    def _text(self, event: TextDelta | TokenDrawn) -> list[Json]:
+    def _text_events(self, event: TextDelta | TokenDrawn) -> list[Json]:
         if self._item is None:
-            self._item = _TextItem(self._lead)
-            self._lead = False
+            self._item = _TextItem(self._keep_leading)
+            self._keep_leading = False
         item = self._item
         if isinstance(event, TokenDrawn):  # comes before the text of the token
-            item.note(logprob_entry(self._service.model, event.logprob))
+            item.add_logprob(logprob_entry(self._service.model, event.logprob))
             return []
-        shown = item.trimmer.push(event.text)
-        if not shown:
+        text = item.trimmer.push(event.text)
+        if not text:
             return []
-        sent = [] if item.text else self._open_text(item)
-        item.text += shown
+        begin = [] if item.text else self._begin_text(item)
+        item.text += text
         position = self._position(item.id) | {"content_index": 0}
         logprobs = item.take_logprobs()
         return [
-            *sent,
-            self._event("response.output_text.delta", **position, delta=shown, logprobs=logprobs),
+            *begin,
+            self._event("response.output_text.delta", **position, delta=text, logprobs=logprobs),
         ]
 
-    def _open_text(self, item: _TextItem) -> list[Json]:
+    def _begin_text(self, item: _TextItem) -> list[Json]:
         position = self._position(item.id)
         return [
             self._event(
@@ -197,8 +201,8 @@ class ResponseReply:
 
     def _end_text(self, status: str = "completed") -> list[Json]:
         item, self._item = self._item, None
-        self._lead = False
-        if item is None or not item.text:  # blanks between two images are not an item
+        self._keep_leading = False
+        if item is None or not item.text:  # whitespace between two images is no item
             return []
         position = self._position(item.id)
         inside = position | {"content_index": 0}
@@ -217,9 +221,9 @@ class ResponseReply:
         return events
 
     def _begin_image(self) -> list[Json]:
-        item_id = f"ig_{new_key()}"
+        item_id = f"ig_{random_id()}"
         self._image_call = {"type": "image_generation_call", "id": item_id, "status": "in_progress"}
-        self._partials = 0
+        self._num_partials = 0
         position, call = self._position(item_id), "response.image_generation_call"
         return [
             self._event(
@@ -235,12 +239,12 @@ class ResponseReply:
         assert self._image_call is not None
         tool = self._tool
         data = await self._service.preview(event, tool.output_format, tool.output_compression)
-        number, self._partials = self._partials, self._partials + 1
+        index, self._num_partials = self._num_partials, self._num_partials + 1
         return self._event(
             "response.image_generation_call.partial_image",
             **self._position(self._image_call["id"]),
-            partial_image_b64=packed(data),
-            partial_image_index=number,
+            partial_image_b64=to_base64(data),
+            partial_image_index=index,
             **self._image_fields(),
         )
 
@@ -253,7 +257,7 @@ class ResponseReply:
             event, tool.output_format, tool.output_compression, file_id
         )
         position = self._position(call["id"])
-        done = call | {"status": "completed", "result": packed(file.data)}
+        done = call | {"status": "completed", "result": to_base64(file.data)}
         done |= self._image_fields()
         self._output.append(done)
         self._segments.append(file.image)
@@ -272,13 +276,14 @@ class ResponseReply:
         return self._event(f"response.{status}", response=response)
 
     def _all_turns(self) -> list[Message]:
-        """The conversation with this reply, which is one turn with the turn that it continues, if
-        any."""
+        """The conversation with this reply. If the reply continues an assistant's turn, the two are
+        one turn."""
         turns = list(self._turns)
-        begun = turns.pop().parts if turns[-1].role == "assistant" else []
-        return [*turns, Message("assistant", [*begun, *self._segments])]
+        continued = turns.pop().parts if turns[-1].role == "assistant" else []
+        return [*turns, Message("assistant", [*continued, *self._segments])]
 
     def _failed(self, error: ApiError) -> list[Json]:
+        """The last events of a stream that an error ends."""
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         response = self._response("failed") | {"error": {"code": code, "message": error.message}}
         return [
@@ -287,16 +292,19 @@ class ResponseReply:
         ]
 
     def _event(self, event_type: str, **fields: Any) -> Json:
-        number, self._number = self._number, self._number + 1
+        number, self._sequence_number = self._sequence_number, self._sequence_number + 1
         return {"type": event_type, "sequence_number": number, **fields}
 
     def _position(self, item_id: str) -> Json:
         return {"item_id": item_id, "output_index": len(self._output)}
 
     def _image_fields(self) -> Json:
-        size = self._service.shape(self._tool.size)
-        look = {"output_format": self._tool.output_format, "size": size}
-        return look | {"background": "opaque", "quality": "auto"}
+        return {
+            "output_format": self._tool.output_format,
+            "size": self._service.image_size(self._tool.size),
+            "background": "opaque",
+            "quality": "auto",
+        }
 
     def _response(self, status: str, end: Finished | None = None) -> Json:
         body = self._body
@@ -312,7 +320,7 @@ class ResponseReply:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": self._body.model or self._service.name,
+            "model": body.model or self._service.name,
             "output": list(self._output),
             "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,
@@ -330,7 +338,9 @@ class ResponseReply:
         }
 
     def _usage(self, end: Finished) -> Json:
-        usage = image_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, [end.usage])
+        usage = image_usage(
+            self._prepared.prompt_tokens, self._prepared.prompt_image_tokens, [end.usage]
+        )
         cached = end.usage.cached_tokens
         # OpenAI's SDK expects the other two fields; here they have no meaning.
         usage["input_tokens_details"] |= {"cached_tokens": cached, "cache_write_tokens": 0}
@@ -339,20 +349,21 @@ class ResponseReply:
 
 
 class _TextItem:
-    """An unfinished message item: one segment of text."""
+    """A message item that is being generated: one segment of text."""
 
-    def __init__(self, keep_lead: bool) -> None:
+    def __init__(self, keep_leading: bool) -> None:
         self.id, self.text = f"msg_{secrets.token_hex(12)}", ""
-        self.trimmer = Trimmer(keep_lead)
+        self.trimmer = Trimmer(keep_leading)
         self.logprobs: list[Json] = []
         self._new: list[Json] = []
 
-    def note(self, entry: Json | None) -> None:
+    def add_logprob(self, entry: Json | None) -> None:
         if entry is not None:
             self.logprobs.append(entry)
             self._new.append(entry)
 
     def take_logprobs(self) -> list[Json]:
+        """The log-probabilities since the last call."""
         taken, self._new = self._new, []
         return taken
 
@@ -362,6 +373,10 @@ class _TextItem:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
     def as_json(self, status: str, empty: bool = False) -> Json:
-        content = [] if empty else [self.part()]
-        head = {"type": "message", "id": self.id, "status": status, "role": "assistant"}
-        return head | {"content": content}
+        return {
+            "type": "message",
+            "id": self.id,
+            "status": status,
+            "role": "assistant",
+            "content": [] if empty else [self.part()],
+        }

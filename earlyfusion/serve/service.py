@@ -1,5 +1,5 @@
-"""Everything that the routes share: the model behind its driver, the stores, and the way from a
-body to requests. A few worker threads read prompts and their images."""
+"""What all routes share: the engine's driver, the stores, and turning a body into requests. A few
+worker threads read prompts and their images."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ from earlyfusion.serve.image_io import ImageLimits
 from earlyfusion.serve.metrics import Metrics
 from earlyfusion.serve.niceness import yield_to_others
 from earlyfusion.serve.options import ServeOptions
-from earlyfusion.serve.prompts import PromptReader, foreign_addresses
-from earlyfusion.serve.protocol import ChatMessage, Format, Wire
+from earlyfusion.serve.prompts import PromptReader, http_urls
+from earlyfusion.serve.protocol import ChatMessage, Format, StrictModel
 from earlyfusion.serve.replicas import Remotes, drivers_of
-from earlyfusion.serve.replies import image_tokens
+from earlyfusion.serve.replies import count_image_tokens
 from earlyfusion.serve.store import MEDIA_TYPES, Conversations, Files, StoredFile
 
 Result = TypeVar("Result")
 _WORKERS = 2
-_FETCHERS = 32  # threads that read prompts with foreign addresses, as they wait for other servers
-# Texts up to this length are read at once: two switches of threads take longer.
+_FETCHERS = 32  # threads that read prompts with images at URLs: they wait for other servers
+# Texts up to this length are encoded on the event loop: two thread switches take longer.
 QUICK_CHARACTERS = 500
-_SEED_BITS = 52  # JavaScript reads whole numbers exactly up to 53 bits, and choices add to the seed
+# JavaScript reads whole numbers exactly up to 53 bits, and further choices add to the seed.
+_SEED_BITS = 52
 _PYTHON_SIZE = re.compile(r"\((\d+), (\d+)\)")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """The settings of a request, without its prompt. `limit_field` is what the route calls
-    `max_tokens`."""
+    """The settings of an HTTP request, without its prompt. `sampling` holds fields of
+    `SamplingParams`. Each prompt is answered `n` times. `model` is the name of the model or of an
+    adapter, `limit_field` the route's name for `max_tokens`."""
 
     output: Output
     sampling: dict[str, Any]
@@ -60,16 +62,19 @@ class GenerationSpec:
 
 @dataclass
 class Prepared:
-    """The requests of one HTTP request, and the tokens of their prompts for `usage`."""
+    """The requests of one HTTP request, and for `usage` the tokens of its prompts, each counted
+    once. `prompt_image_tokens` are those of images. `continues`: the prompt ends with an
+    assistant's turn, which the reply continues."""
 
     batch: Batch
     prompt_tokens: int
-    prompt_images: int
+    prompt_image_tokens: int
     continues: bool = False
 
 
 class Service:
-    """One model and its routes' state; with `remote`, its engines run in other processes."""
+    """One model, and the state that its routes share; with `remote`, the engines run in other
+    processes. Raises `SettingError` if an adapter has the model's name."""
 
     def __init__(self, model: Chameleon, options: ServeOptions, remote: Remotes = None) -> None:
         self.model, self.options = model, options
@@ -86,14 +91,14 @@ class Service:
         self.conversations = Conversations()
         self._workers = ThreadPoolExecutor(_WORKERS, "images", initializer=yield_to_others)
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "addresses", initializer=yield_to_others)
-        apart = remote is not None and model.image_tokenizer.device.type == "cpu"
-        self.decoder = Decoder(model, self._workers, apart)
+        in_process = remote is not None and model.image_tokenizer.device.type == "cpu"
+        self.decoder = Decoder(model, self._workers, in_process)
 
     async def start(self) -> None:
         self.driver.start()
         await self.driver.warm_up()
         # After the warm-up, which is not counted.
-        self.driver.set_callbacks(self.metrics.observe, self.metrics.cancel)
+        self.driver.set_callbacks(self.metrics.observe, self.metrics.count_cancelled)
 
     async def stop(self) -> None:
         await self.driver.drain(self.options.drain_seconds)
@@ -102,24 +107,25 @@ class Service:
         for pool in (self._workers, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    async def work(
-        self, task: Callable[..., Result], *arguments: Any, waits: bool = False
+    async def run_in_worker(
+        self, task: Callable[..., Result], *arguments: Any, fetches: bool = False
     ) -> Result:
-        """Run a slow task in a worker thread; with `waits` in one that may wait for others."""
-        pool = self._fetchers if waits else self._workers
+        """The result of a slow task, which runs in a worker thread; if it `fetches` images from
+        other servers, in one of a larger pool."""
+        pool = self._fetchers if fetches else self._workers
         return await asyncio.get_running_loop().run_in_executor(pool, task, *arguments)
 
-    def waits(self, body: Wire | list[ChatMessage] | None) -> bool:
-        """Whether reading a body may wait for other servers, which have its images."""
-        return self.options.allow_image_urls and any(foreign_addresses(body))
+    def fetches_images(self, body: StrictModel | list[ChatMessage] | None) -> bool:
+        """Whether reading a body may fetch images from other servers."""
+        return self.options.allow_image_urls and any(http_urls(body))
 
     def reader(self) -> PromptReader:
-        """A reader for the prompt of one request."""
+        """A reader for the prompts of one HTTP request."""
         limits = ImageLimits(self.options)
         return PromptReader(self.files, limits, self.options.allow_image_urls)
 
     def serves(self, name: str) -> bool:
-        """Whether this is the name of the model or of an adapter."""
+        """Whether `name` is that of the model or of an adapter."""
         return name == self.name or name in self.model.adapters
 
     def check_model(self, name: str | None) -> None:
@@ -134,21 +140,22 @@ class Service:
                 code="model_not_found",
             )
 
-    async def begin(
+    async def submit(
         self,
         prompts: Callable[[], list[Prompt]],
         spec: GenerationSpec,
         count: int | None = None,
         quick: bool = False,
-        waits: bool = False,
+        fetches: bool = False,
         after: Callable[[], None] = lambda: None,
     ) -> Prepared:
-        """Admit, read the prompts, and hand all requests to the engine.
+        """Admit an HTTP request, read its prompts, and hand all requests to the engine.
 
         Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
-        requests in all. A worker thread reads the prompts, unless they are `quick`: short, and
-        without images and constraints. For `waits` see `work`; the same thread calls `after`
-        when the requests are outputs.
+        requests in all. A worker thread calls `prompts` and then `after`, unless the prompts are
+        `quick`: short, without images and without constraints on the reply. For `fetches` see
+        `run_in_worker`. Raises `ApiError`, `QueueFullError`, `NotReadyError` or an
+        `EarlyFusionError`.
         """
         count = count or spec.n
         if count > self.driver.limit:
@@ -158,24 +165,25 @@ class Service:
                 f"{self.driver.limit}: ask for fewer",
                 param="n",
             )
-        # Admission comes first: a full server does not even read the images.
+        # Admission comes first, so that a full server does not read images in vain.
         batch = self.driver.admit(count)
         try:
             if quick:
                 requests = self._requests(prompts, spec, after)
             else:
-                requests = await self.work(self._requests, prompts, spec, after, waits=waits)
-            batch.submit([request for several in requests for request in several])
+                requests = await self.run_in_worker(
+                    self._requests, prompts, spec, after, fetches=fetches
+                )
+            batch.submit([request for choices in requests for request in choices])
         except BaseException:
             batch.close()
             raise
-        firsts = [several[0] for several in requests]
-        end = self.model.processor.vocabulary.end_of_turn
+        prompt_ids = [choices[0].ids for choices in requests]
         return Prepared(
             batch,
-            sum(len(request.ids) for request in firsts),
-            sum(image_tokens(self.model, request.ids) for request in firsts),
-            firsts[0].ids[-1] != end,
+            prompt_tokens=sum(map(len, prompt_ids)),
+            prompt_image_tokens=sum(count_image_tokens(self.model, ids) for ids in prompt_ids),
+            continues=prompt_ids[0][-1] != self.model.processor.vocabulary.end_of_turn,
         )
 
     def _requests(
@@ -184,12 +192,13 @@ class Service:
         spec: GenerationSpec,
         after: Callable[[], None],
     ) -> list[list[Request]]:
+        """The requests of each prompt."""
         requests = [self._choices(prompt, spec) for prompt in prompts()]
         after()
         return requests
 
     def _choices(self, prompt: Prompt, spec: GenerationSpec) -> list[Request]:
-        """The requests of one prompt; choice number i has the seed of the first plus i."""
+        """The requests of one prompt. Choice number i, from 0, has the seed of the first plus i."""
         try:
             first = self.model.request(
                 prompt,
@@ -214,8 +223,9 @@ class Service:
         ]
 
     async def tokens(self, text: str | None, messages: list[ChatMessage] | None) -> list[int]:
-        """Tokens of a text, or of the whole prompt that messages make."""
-        return await self.work(self._tokens, text, messages, waits=self.waits(messages))
+        """Token ids of a text, or of the whole prompt that messages make."""
+        fetches = self.fetches_images(messages)
+        return await self.run_in_worker(self._tokens, text, messages, fetches=fetches)
 
     def _tokens(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
         if messages is None:
@@ -227,29 +237,30 @@ class Service:
         self, event: ImageDone, output_format: Format, compression: int, file_id: str | None = None
     ) -> StoredFile:
         """Decode a generated image, and store its file with its codes."""
-        data, pixels = await self.decoder.file(event, output_format, compression)
+        data, digest = await self.decoder.file(event, output_format, compression)
         media_type, name = MEDIA_TYPES[output_format], f"image.{output_format}"
         image = Image(codes=event.codes)
-        return self.files.add(data, media_type, image, name, "assistants_output", file_id, pixels)
+        return self.files.add(data, media_type, image, name, "assistants_output", file_id, digest)
 
     async def preview(self, event: ImagePreview, output_format: Format, compression: int) -> bytes:
         """The file of an unfinished image."""
         return (await self.decoder.file(event, output_format, compression)).data
 
-    def shape(self, size: str | None) -> str:
-        """The size of generated images, as "64x64"."""
+    def image_size(self, size: str | None) -> str:
+        """The width and height of generated images in pixels, as "64x64", if `size` is
+        requested."""
         if size not in (None, "auto"):
             return str(size)
         layout, stride = self.model.processor.layout, self.model.config.vq_config.stride
         return f"{layout.width * stride}x{layout.height * stride}"
 
     @property
-    def described(self) -> list[dict[str, Any]]:
-        """Model objects: the model, and its adapters."""
-        return [self.describe(name) for name in (self.name, *self.model.adapters)]
+    def model_objects(self) -> list[dict[str, Any]]:
+        """OpenAI's model objects of the model and its adapters."""
+        return [self.model_object(name) for name in (self.name, *self.model.adapters)]
 
-    def describe(self, name: str) -> dict[str, Any]:
-        """A model object, with modalities under the names of OpenRouter and of this server.
+    def model_object(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object, with modalities under OpenRouter's names and this server's own.
         `parent` is the base model of an adapter, as in vLLM."""
         inputs, outputs = ["text", "image"], ["text", *(["image"] if self.model.can_draw else [])]
         architecture = {"input_modalities": inputs, "output_modalities": outputs}
@@ -263,22 +274,24 @@ class Service:
             "input_modalities": inputs,
             "output_modalities": outputs,
             "architecture": architecture,
-            "image_size": self.shape(None),
+            "image_size": self.image_size(None),
         }
 
-    def base(self, request: HttpRequest) -> str:
-        """The address of this server, as the beginning of files' addresses."""
+    def base_url(self, request: HttpRequest) -> str:
+        """The URL of this server without a slash at the end; URLs of files begin with it."""
         return (self.options.public_url or str(request.base_url)).rstrip("/")
 
 
 def _for_clients(message: str, spec: GenerationSpec) -> str:
-    """An error of the Python API with a route's names and ways of writing."""
+    """An error text of the Python API, with the route's name of `max_tokens` and its way to write
+    sizes."""
     message = message.replace("max_tokens", spec.limit_field)
     message = message.replace("give (width, height) as", "use auto or")
     return _PYTHON_SIZE.sub(r"\1x\2", message)
 
 
 def _size(size: str | None) -> tuple[int, int] | None:
+    """Width and height in pixels; None for the model's own. Raises `ApiError`."""
     if size is None or size == "auto":
         return None
     found = _SIZE.fullmatch(size)
