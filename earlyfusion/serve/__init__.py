@@ -1,7 +1,7 @@
 """The server: OpenAI's API with text and images in any order, in and out.
 
-driver.py steps the engine; protocol.py and app.py are what clients see; the other files turn one
-into the other. No model code here: all work is done by a `Chameleon`.
+protocol.py holds the request bodies and app.py the routes; driver.py runs the engine, and the other
+files connect the two. There is no model code here: a `Chameleon` does all the work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _NEEDED = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "uvic
 
 
 def check_installed() -> None:
-    """Raise `SettingError` unless the packages of the extra "serve" are there."""
+    """Raise `SettingError` unless the packages of the extra "serve" are installed."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise SettingError(

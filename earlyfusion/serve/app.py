@@ -422,7 +422,7 @@ class _Routes:
         return JsonReply(self._service.model_object(name))
 
     async def health(self) -> Response:
-        """Whether the engine runs: its process started, its thread lives, and no step is stuck."""
+        """Status 200 if the engine runs, and is neither stuck in a step nor fails in each."""
         driver = self._service.driver
         silent, reason = round(driver.silent_seconds, 3), driver.start_error
         if not reason and not driver.healthy:

@@ -1,4 +1,4 @@
-"""The log: JSON lines on standard error, of the server's process and of the engine's."""
+"""The log of the server's and the engine's process: JSON lines on standard error."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from time import gmtime, strftime
 from typing import Any
 
 _REQUEST = ("request_id", "method", "path", "status", "ms")
-_FIELDS = (*_REQUEST, "failures", "reason", "done", "of", "bytes")  # the last of captured steps
+_FIELDS = (*_REQUEST, "failures", "reason", "done", "of", "bytes")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per record, without prompts and replies."""
+    """One JSON object per record. Records hold no prompts and no replies."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Threads beside the event loop run with a lower priority."""
+"""Lowers the priority of background threads, so that the event loop gets a core first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ _NICENESS = 5
 
 
 def yield_to_others() -> None:
-    """Lower the priority of this thread and of those that it starts, so that the event loop gets a
-    core first (on Linux; elsewhere nothing changes)."""
+    """Lower the priority of this thread and of the threads that it starts (on Linux only)."""
     if sys.platform == "linux":
         thread = get_native_id()
         nice = min(os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS, 19)

@@ -1,7 +1,7 @@
 """Engines on the machines of a Ray cluster: an actor starts each, and Ray carries the messages of
-process.py. The only owner of Ray in the server.
+process.py. The server uses Ray in this file only.
 
-Every machine must have this package, and see the model and the adapters under the same paths.
+Every machine needs this package, and the model and the adapters under the same paths.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from earlyfusion.serve.spawn import LoadPlan, start
 
 
 def starter(replicas: int) -> Callable[[LoadPlan], tuple[BaseProcess, Connection]]:
-    """A function like `spawn.start` that starts an engine on the cluster at `RAY_ADDRESS`; without
-    an address, on this machine. Raises `SettingError` without Ray, or if the cluster is too small.
-    """
+    """A function like `spawn.start` that starts an engine on the Ray cluster at `RAY_ADDRESS`, or
+    without an address on this machine. Raises `SettingError` without Ray, or if the cluster is too
+    small for `replicas` engines."""
     try:
         import ray
     except ImportError:
@@ -33,34 +33,34 @@ def starter(replicas: int) -> Callable[[LoadPlan], tuple[BaseProcess, Connection
         ) from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")
-    found = ray.cluster_resources()
-    resource = "GPU" if found.get("GPU", 0) else "CPU"
-    if replicas > found.get(resource, 0):
+    resources = ray.cluster_resources()
+    resource = "GPU" if resources.get("GPU", 0) else "CPU"
+    if replicas > resources.get(resource, 0):
         raise SettingError(
             f"replicas={replicas} need a {resource} each, and the Ray cluster has "
-            f"{int(found.get(resource, 0))}: use fewer, or add machines"
+            f"{int(resources.get(resource, 0))}: use fewer, or add machines"
         )
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    share = 1 if resource == "GPU" else max(min(int(found["CPU"]) // replicas, largest), 1)
+    num_cpus = 1 if resource == "GPU" else max(min(int(resources["CPU"]) // replicas, largest), 1)
     actor = ray.remote(
-        num_cpus=share,
+        num_cpus=num_cpus,
         num_gpus=int(resource == "GPU"),
         # One thread per direction, so that messages stay in order.
-        concurrency_groups={"there": 1, "back": 1},
+        concurrency_groups={"to_engine": 1, "to_server": 1},
     )(_Actor)
 
-    def start_there(plan: LoadPlan) -> tuple[BaseProcess, Connection]:
+    def start_on_cluster(plan: LoadPlan) -> tuple[BaseProcess, Connection]:
         ours, theirs = Pipe()
-        engine = _RemoteProcess(ray, actor.remote(_for_any_folder(plan)), theirs)
-        # It has the methods of a process that `RemoteEngine` uses.
+        engine = _RemoteProcess(ray, actor.remote(_with_absolute_paths(plan)), theirs)
+        # It has those methods of a process that `RemoteEngine` calls.
         return cast(BaseProcess, engine), ours
 
-    return start_there
+    return start_on_cluster
 
 
-def _for_any_folder(plan: LoadPlan) -> LoadPlan:
-    """The plan with absolute paths, as actors run in other folders, and without other replicas on
-    the machine."""
+def _with_absolute_paths(plan: LoadPlan) -> LoadPlan:
+    """The plan for an actor: with absolute paths, as actors run in other folders, and as the only
+    replica of its machine."""
     adapters = {name: str(expanded(folder).absolute()) for name, folder in plan.adapters.items()}
     model = expanded(plan.name)
     name = str(model.absolute()) if model.is_dir() else plan.name
@@ -73,58 +73,62 @@ class _Actor:
     def __init__(self, plan: LoadPlan) -> None:
         self._process, self._connection = start(plan)
 
-    def listen(self) -> Iterator[bytes]:
+    def receive(self) -> Iterator[bytes]:
         try:
-            # The model's front: between processes of one machine its tensors are shared memory.
+            # The `EngineInfo`. It is pickled again, as its tensors are handles of shared memory in
+            # a message between processes of one machine.
             yield pickle.dumps(self._connection.recv())
             while True:
                 yield self._connection.recv_bytes()
         except (EOFError, OSError):
             return
 
-    def tell(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self._connection.send_bytes(data)
 
 
 class _RemoteProcess:
-    """An engine's process on an actor's machine; two threads carry its messages."""
+    """An engine's process on an actor's machine, with the methods of a local one; two threads carry
+    its messages."""
 
-    pid, exitcode = 0, 1
+    pid, exitcode = 0, 1  # unknown here
 
     def __init__(self, ray: Any, actor: Any, connection: Connection) -> None:
         self._ray, self._actor, self._connection = ray, actor, connection
-        self._over = Event()
-        Thread(target=self._carry_back, name="ray-back", daemon=True).start()
-        Thread(target=self._carry_there, name="ray-there", daemon=True).start()
+        self._ended = Event()
+        Thread(target=self._forward_to_server, name="ray-to-server", daemon=True).start()
+        Thread(target=self._forward_to_engine, name="ray-to-engine", daemon=True).start()
 
     def is_alive(self) -> bool:
-        return not self._over.is_set()
+        return not self._ended.is_set()
 
     def kill(self) -> None:
         self._ray.kill(self._actor)
 
     def join(self, timeout: float | None = None) -> None:
-        self._over.wait(timeout)
+        self._ended.wait(timeout)
 
-    def _carry_back(self) -> None:
-        listen = self._actor.listen.options(num_returns="streaming", concurrency_group="back")
+    def _forward_to_server(self) -> None:
+        receive = self._actor.receive.options(
+            num_returns="streaming", concurrency_group="to_server"
+        )
         try:
-            for message in listen.remote():
+            for message in receive.remote():
                 self._connection.send_bytes(self._ray.get(message))
         except (OSError, self._ray.exceptions.RayError):
             pass  # the actor has ended, or the server has closed its end
         finally:
-            self._over.set()
-            # Wakes the readers at both ends; `close` would not.
+            self._ended.set()
+            # Wakes the readers at both ends, which `close` would not.
             with socket.socket(fileno=socket.dup(self._connection.fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
-    def _carry_there(self) -> None:
-        tell = self._actor.tell.options(concurrency_group="there")
+    def _forward_to_engine(self) -> None:
+        send = self._actor.send.options(concurrency_group="to_engine")
         try:
             while True:
-                tell.remote(self._connection.recv_bytes())
+                send.remote(self._connection.recv_bytes())
         except (EOFError, OSError, self._ray.exceptions.RayError):
             pass
-        self._over.wait()
+        self._ended.wait()
         self._connection.close()

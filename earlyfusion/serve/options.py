@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from earlyfusion.errors import SettingError
 
-MAX_HEAD_BYTES = 32_768  # of the line and the headers of a request
+MAX_HEAD_BYTES = 32_768  # of a request's line and headers
 MAX_REPLICAS = 64
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]+")
 DELIVERIES = ("images", "markdown", "both")
@@ -18,15 +18,17 @@ DELIVERIES = ("images", "markdown", "both")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where to listen, who may ask, and the limits of what is read.
+    """Where to listen, which clients to answer, and the limits of requests.
 
     `name` is the model's name for clients; if empty, that of the loaded model. Without `api_keys`
-    the server only listens on this machine. At most `max_queue` requests wait beside those that
-    run. In seconds: a stream that is silent for `keepalive` gets a comment, a reply may take
-    `timeout`, replies may go on for `drain_seconds` after SIGTERM, and an engine whose step takes
-    longer than `step_timeout` is started again. Images that were generated or uploaded take at most
-    `file_bytes`; the oldest are dropped first. `image_delivery` says where chats get images whose
-    request does not say it: images, markdown or both. Raises `SettingError`.
+    the server only listens on this machine. `lenient` ignores unknown fields. At most `max_queue`
+    requests wait beside those that run. `public_url` begins the URLs of images; if empty, the URL
+    of the request does. `max_images` and `max_total_pixels` are per request. In seconds: a stream
+    that is silent for `keepalive` gets a comment, a reply may take `timeout`, replies may continue
+    for `drain_seconds` after SIGTERM, and an engine whose step takes longer than `step_timeout` is
+    restarted. Stored images, generated or uploaded, take at most `file_bytes`; the oldest are
+    dropped first. `image_delivery` is the default of that field of chats: "images", "markdown" or
+    "both". Raises `SettingError`.
     """
 
     host: str = "127.0.0.1"
@@ -62,7 +64,7 @@ class ServeOptions:
         if self.image_delivery not in DELIVERIES:
             raise SettingError.unknown("image_delivery", self.image_delivery, DELIVERIES)
         for origin in self.cors_origins:
-            # With a path, even "/", it would equal no header `Origin` that a browser sends.
+            # Browsers send the header `Origin` without a path, so one with "/" would never match.
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 raise SettingError(
                     f"cors_origin={origin[:60]!r} is not an origin: give a scheme and a host "
@@ -84,9 +86,9 @@ class ServeOptions:
 
 
 def adapters_of(given: Sequence[str], model: str) -> dict[str, str]:
-    """Folders of adapters by name, from texts NAME=FOLDER; `model` is the name of their base.
-    Raises `SettingError`."""
-    found: dict[str, str] = {}
+    """The folders of adapters by name, from options NAME=FOLDER; `model` is the name of the base
+    model. Raises `SettingError`."""
+    folders: dict[str, str] = {}
     for text in given:
         name, _, folder = text.partition("=")
         if not name or not folder or not name.isprintable() or len(name) > 100:
@@ -94,17 +96,17 @@ def adapters_of(given: Sequence[str], model: str) -> dict[str, str]:
                 f"adapter={text[:60]!r} is not possible: give a name of up to 100 letters and a "
                 "folder, as --adapter short=./run/adapter"
             )
-        if name in found or name == model:
+        if name in folders or name == model:
             other = "the model" if name == model else "another one"
             raise SettingError(
                 f"an adapter and {other} are both named {name!r}: give each a name of its own"
             )
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def check_replicas(number: int) -> None:
-    """Raises `SettingError` for a number of engines that is not possible."""
+    """Raise `SettingError` for a number of engines that is not possible."""
     if not 1 <= number <= MAX_REPLICAS:
         raise SettingError(f"replicas={number} is not possible: use 1 to {MAX_REPLICAS}")
 

@@ -15,7 +15,7 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing from other servers, no inline scripts, no HTML made from strings.
+# No content from other servers, no inline scripts, no HTML made from strings.
 _POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -31,7 +31,7 @@ _POLICY = "; ".join(
     )
 )
 _HEADERS = {
-    "Cache-Control": "no-cache",  # the browser asks each time, and gets a 304 for unchanged files
+    "Cache-Control": "no-cache",  # the browser asks each time; an unchanged file is a 304
     "Content-Security-Policy": _POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -49,25 +49,25 @@ class _PageFile:
 
     def response(self, request: Request) -> Response:
         headers = _HEADERS | {"ETag": self._tag}
-        known = request.headers.get("if-none-match", "")
-        if self._tag in (tag.strip().removeprefix("W/") for tag in known.split(",")):
+        cached = request.headers.get("if-none-match", "")
+        if self._tag in (tag.strip().removeprefix("W/") for tag in cached.split(",")):
             return Response(status_code=304, headers=headers)
         return Response(self._data, media_type=self._type, headers=headers)
 
 
-def _read() -> dict[str, _PageFile]:
+def _read_files() -> dict[str, _PageFile]:
     """The page's files by the paths at which they are served."""
     folder = files("earlyfusion.serve").joinpath("page")
-    found = {}
+    page_files = {}
     for file in folder.iterdir():
         if Path(file.name).suffix in _TYPES:
             path = "/" if file.name == "index.html" else f"/page/{file.name}"
-            found[path] = _PageFile(file.name, file.read_bytes())
-    return found
+            page_files[path] = _PageFile(file.name, file.read_bytes())
+    return page_files
 
 
-_FILES = _read()
-# Public: they need no API key, since they are the same on every server.
+_FILES = _read_files()
+# They need no API key, as they are the same on every server.
 PAGE_PATHS = frozenset(_FILES)
 
 

@@ -1,9 +1,9 @@
 """Request bodies: OpenAI's fields and this server's additions, checked strictly.
 
-Every field is honoured, refused with its name, limit and remedy, or listed here as accepted without
-effect (`user`, `metadata`, `detail` and the like). OpenAI's fields that this server cannot honour
+Every field is applied, refused with its name, limit and remedy, or listed here as accepted without
+effect (`user`, `metadata`, `detail` and the like). OpenAI's fields that this server does not have
 are accepted with values that change nothing (`neutral`), as some clients always send them;
-`why_not` is the error for any other value. `unused` are offers that a model need not use, such as
+`why_not` is the error for any other value. `unused` are lists that a model may ignore, such as
 tools: they are dropped, and a header of the reply names them.
 """
 
@@ -29,13 +29,14 @@ from earlyfusion.serve.errors import ApiError
 Format: TypeAlias = Literal["png", "webp", "jpeg"]
 Modality: TypeAlias = Literal["text", "image"]
 MAX_CHOICES = 10
-MAX_ITEMS = 10_000  # of a list: checking a longer one would hold up the event loop
-MAX_VALUES = 50_000  # of a body: an error of pydantic about one of them takes a kilobyte
-MAX_CHARACTERS = 100_000  # of a text to tokenize, in which no other thread runs
+MAX_ITEMS = 10_000  # of a list: checking a longer one would block the event loop
+MAX_VALUES = 50_000  # of a body: pydantic's error about one value takes a kilobyte
+MAX_CHARACTERS = 100_000  # of a text to tokenize, during which no other thread runs
 
 
 class StrictModel(BaseModel):
-    """A JSON object: no unknown fields, no conversions between types."""
+    """A JSON object without unknown fields, and without conversions between types. The module's
+    docstring explains the class variables; `max_values` limits the values of a whole body."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {}
@@ -46,17 +47,17 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        """A field that is null is not set, whatever its name."""
+        """A field that is null counts as not set, whatever its name."""
         if isinstance(data, dict):
             return {name: value for name, value in data.items() if value is not None}
         return data
 
 
-def _form(value: Any) -> str:
+def _text_or_list_tag(value: Any) -> str:
     return "<text>" if isinstance(value, str) else "<list>"
 
 
-_TextOrList = Discriminator(_form)
+_TextOrList = Discriminator(_text_or_list_tag)
 _Strings = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[str], Field(max_length=MAX_ITEMS), Tag("<list>")],
@@ -70,8 +71,7 @@ def _check_compression(output_format: Format, compression: int) -> None:
 
 
 class Sampling(StrictModel):
-    """The fields of `SamplingParams` that JSON can express; `SamplingParams` checks their
-    limits."""
+    """The fields of `SamplingParams` that all generating routes share; it checks their values."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -94,7 +94,7 @@ class Sampling(StrictModel):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-# --- What the text of a reply must fit ---
+# --- Constraints on the text of a reply ---
 
 
 class PlainText(StrictModel):
@@ -125,7 +125,7 @@ class Schema(StrictModel):
 
 
 class NamedSchema(StrictModel):
-    """A schema as chats have it."""
+    """A schema in a chat's `response_format`."""
 
     type: Literal["json_schema"]
     json_schema: Schema
@@ -135,7 +135,7 @@ class NamedSchema(StrictModel):
 
 
 class FlatSchema(Schema):
-    """A schema as /v1/responses has it."""
+    """A schema in the `text.format` of /v1/responses."""
 
     type: Literal["json_schema"]
 
@@ -156,8 +156,9 @@ class LarkGrammar(StrictModel):
         return {"grammar": self.grammar}
 
 
-def _tagged(key: str) -> Any:
-    """A discriminator by the field `key`; its tags cannot be field names (see `_path`)."""
+def _discriminator(key: str) -> Any:
+    """A discriminator by the field `key`. Its tags are in <>, unlike names of fields (see
+    `_path`)."""
 
     def tag(value: Any) -> str:
         found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
@@ -172,7 +173,7 @@ ChatFormat = Annotated[
     | Annotated[NamedSchema, Tag("<json_schema>")]
     | Annotated[Pattern, Tag("<regex>")]
     | Annotated[LarkGrammar, Tag("<grammar>")],
-    _tagged("type"),
+    _discriminator("type"),
 ]
 ResponseFormat = Annotated[
     Annotated[PlainText, Tag("<text>")]
@@ -180,13 +181,13 @@ ResponseFormat = Annotated[
     | Annotated[FlatSchema, Tag("<json_schema>")]
     | Annotated[Pattern, Tag("<regex>")]
     | Annotated[LarkGrammar, Tag("<grammar>")],
-    _tagged("type"),
+    _discriminator("type"),
 ]
-TextShape: TypeAlias = AnyObject | NamedSchema | FlatSchema | Pattern | LarkGrammar
+TextConstraint: TypeAlias = AnyObject | NamedSchema | FlatSchema | Pattern | LarkGrammar
 
 
 class TextSampling(Sampling):
-    """`Sampling`, and the fields that only replies with text can have."""
+    """`Sampling` with the fields for replies that may hold text."""
 
     max_images: int | None = None
     stop: _Strings | None = None
@@ -196,15 +197,17 @@ class TextSampling(Sampling):
     def sampling(self) -> dict[str, Any]:
         names = ("max_images", "stop", "bad_words", "allowed_words")
         fields = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return super().sampling() | fields | self._shape_fields()
+        return super().sampling() | fields | self._constraint_fields()
 
-    def _shape(self) -> PlainText | TextShape | None:
-        """The shape that the text must fit, if any."""
+    def _text_format(self) -> PlainText | TextConstraint | None:
+        """The field that constrains the text, if any."""
         return None
 
-    def _shape_fields(self) -> dict[str, Any]:
-        shape = self._shape()
-        return {} if shape is None or isinstance(shape, PlainText) else shape.fields()
+    def _constraint_fields(self) -> dict[str, Any]:
+        constraint = self._text_format()
+        if constraint is None or isinstance(constraint, PlainText):
+            return {}
+        return constraint.fields()
 
 
 class Bookkeeping(StrictModel):
@@ -225,7 +228,8 @@ class ImageUrl(StrictModel):
 
 
 class Part(StrictModel):
-    """A part of a message. Marks for a prompt cache have no effect: shared prefixes are found."""
+    """A part of a message. `prompt_cache_breakpoint` has no effect: shared prefixes are found
+    without it."""
 
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
@@ -254,7 +258,7 @@ ContentPart = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[FilePart, Tag("<file>")],
-    _tagged("type"),
+    _discriminator("type"),
 ]
 Content = Annotated[
     Annotated[str, Tag("<text>")]
@@ -269,13 +273,14 @@ class ImageRef(StrictModel):
 
 
 OrderedPart = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImageRef, Tag("<image_ref>")], _tagged("type")
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImageRef, Tag("<image_ref>")],
+    _discriminator("type"),
 ]
 
 
 class ChatMessage(StrictModel):
-    """A turn. `images` and `parts` are those of an earlier reply of this server, or of one like
-    OpenRouter's; the other fields of OpenAI's assistant turns must be empty."""
+    """A turn. `images` and `parts` are those of an earlier reply, as this server and OpenRouter
+    send them; the other fields of OpenAI's assistant turns must be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
@@ -342,8 +347,8 @@ class ChatRequest(TextSampling, Bookkeeping):
 
     neutral = _CHAT_NEUTRAL
     why_not = _CHAT_WHY_NOT
-    # Open WebUI always sends some. With tool_choice "auto", the default, a model may call none, and
-    # this one never calls any.
+    # Open WebUI always sends some. With tool_choice "auto", the default, a model need not call any,
+    # and this one never does.
     unused = ("tools", "functions")
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS)]
@@ -363,7 +368,7 @@ class ChatRequest(TextSampling, Bookkeeping):
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
 
     @model_validator(mode="after")
-    def _together(self) -> ChatRequest:
+    def _check_combinations(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         if self.top_logprobs is not None and not self.logprobs:
@@ -375,7 +380,7 @@ class ChatRequest(TextSampling, Bookkeeping):
         _check_compression(self.output_format, self.output_compression)
         return self
 
-    def _shape(self) -> PlainText | TextShape | None:
+    def _text_format(self) -> PlainText | TextConstraint | None:
         return self.response_format
 
 
@@ -383,7 +388,7 @@ class ChatRequest(TextSampling, Bookkeeping):
 
 
 class CompletionRequest(TextSampling, Bookkeeping):
-    """/v1/completions: each prompt is a user's turn, and its answer is text."""
+    """/v1/completions: each prompt is a user's turn, which is answered with text."""
 
     neutral = _CHAT_NEUTRAL | {"suffix": ("",), "echo": (False,), "best_of": (1,)}
     why_not = _CHAT_WHY_NOT | {
@@ -407,12 +412,12 @@ class CompletionRequest(TextSampling, Bookkeeping):
     response_format: ChatFormat | None = None
 
     @model_validator(mode="after")
-    def _streamed(self) -> CompletionRequest:
+    def _check_stream(self) -> CompletionRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         return self
 
-    def _shape(self) -> PlainText | TextShape | None:
+    def _text_format(self) -> PlainText | TextConstraint | None:
         return self.response_format
 
 
@@ -452,7 +457,7 @@ class ImageOptions(Sampling, Bookkeeping):
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
 
     @model_validator(mode="after")
-    def _streamed(self) -> ImageOptions:
+    def _check_stream(self) -> ImageOptions:
         if self.partial_images and not self.stream:
             raise ValueError("partial_images needs stream: true")
         if self.stream and self.response_format == "url":
@@ -468,7 +473,7 @@ class GenerationRequest(ImageOptions):
 
 
 class EditRequest(ImageOptions):
-    """/v1/images/edits; a JSON body names its images in `images`, a form has them as files."""
+    """/v1/images/edits. A JSON body has its images in `images`, a form has them as files."""
 
     prompt: str
     images: list[EditImage] | None = None
@@ -480,7 +485,7 @@ class EditImage(StrictModel):
 
 
 class VariationRequest(ImageOptions):
-    """/v1/images/variations. `prompt`, an addition to OpenAI's fields, is the text after the
+    """/v1/images/variations. `prompt`, an addition to OpenAI's fields, is the text that follows the
     image."""
 
     prompt: str = "Draw the same thing again."
@@ -508,7 +513,7 @@ _InputPart = Annotated[
     | Annotated[InputText, Tag("<output_text>")]
     | Annotated[InputText, Tag("<text>")]
     | Annotated[InputImage, Tag("<input_image>")],
-    _tagged("type"),
+    _discriminator("type"),
 ]
 _InputContent = Annotated[
     Annotated[str, Tag("<text>")]
@@ -564,7 +569,7 @@ InputItem = Annotated[
 
 
 class ImageTool(StrictModel):
-    """The tool that lets a reply hold images."""
+    """The tool that allows images in a reply."""
 
     type: Literal["image_generation"]
     model: str | None = None
@@ -579,7 +584,7 @@ class ImageTool(StrictModel):
     input_fidelity: Literal["low"] | None = None
 
     @model_validator(mode="after")
-    def _compressed(self) -> ImageTool:
+    def _check_output(self) -> ImageTool:
         _check_compression(self.output_format, self.output_compression)
         return self
 
@@ -598,7 +603,7 @@ class PlainStreamOptions(StrictModel):
 
 
 class ResponseRequest(TextSampling, Bookkeeping):
-    """/v1/responses. Images come where `tools` has image_generation."""
+    """/v1/responses. The reply may hold images if `tools` has image_generation."""
 
     neutral = _CHAT_NEUTRAL | {
         "truncation": ("disabled",),
@@ -644,14 +649,14 @@ class ResponseRequest(TextSampling, Bookkeeping):
     include: list[Literal["message.output_text.logprobs"]] | None = None
 
     @model_validator(mode="after")
-    def _tools_there(self) -> ResponseRequest:
+    def _check_tool_choice(self) -> ResponseRequest:
         if self.tool_choice not in ("auto", "none") and not self.tools:
             raise ValueError(
                 'tool_choice asks for a tool: give tools [{"type": "image_generation"}]'
             )
         return self
 
-    def _shape(self) -> PlainText | TextShape | None:
+    def _text_format(self) -> PlainText | TextConstraint | None:
         return None if self.text is None else self.text.format
 
 
@@ -673,7 +678,7 @@ class TokenizeRequest(StrictModel):
     return_token_strs: bool = False
 
     @model_validator(mode="after")
-    def _one(self) -> TokenizeRequest:
+    def _check_prompt(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages")
         return self
@@ -698,15 +703,13 @@ AnyRequest = TypeVar("AnyRequest", bound=StrictModel)
 def read(
     model: type[AnyRequest], data: Any, lenient: bool = False, text: bool = False
 ) -> tuple[AnyRequest, list[str]]:
-    """The request in a JSON value, and the names of the fields that were dropped: `unused` ones,
-    and with `lenient` unknown ones. With `text`, numbers come as text, as in a form. Raises
-    `ApiError` with status 400."""
+    """The request in a JSON value, and the paths of dropped fields: those in `unused`, and with
+    `lenient` unknown ones. With `text`, numbers are given as text, as in a form. Raises `ApiError`
+    with status 400."""
     if not isinstance(data, dict):
         raise ApiError(400, "the body is not a JSON object: send one", code="invalid_json")
     _check_size(data, model.max_values)
-    fields = {
-        name: value for name, value in data.items() if not _changes_nothing(model, name, value)
-    }
+    fields = {name: value for name, value in data.items() if not _is_neutral(model, name, value)}
     ignored = [name for name in model.unused if isinstance(fields.get(name), list)]
     for name in ignored:
         del fields[name]
@@ -718,81 +721,86 @@ def read(
             unknown = [e["loc"] for e in wrong if e["type"] == "extra_forbidden"]
             # Check the rest again without the unknown fields: its errors still count.
             if not (lenient and unknown):
-                raise _refusal(model, wrong[0], data) from None
+                raise _to_api_error(model, wrong[0], data) from None
             for path in unknown:
                 ignored.append(_remove(fields, path))
 
 
-def _check_size(data: Any, most: int) -> None:
-    """Raise `ApiError` for JSON of over `most` values, at whatever depth."""
+def _check_size(data: Any, limit: int) -> None:
+    """Raise `ApiError` for JSON with more than `limit` values, at any depth."""
     count, containers = 0, [data]
     while containers:
-        inside = containers.pop()
-        values = inside.values() if isinstance(inside, dict) else inside
+        container = containers.pop()
+        values = container.values() if isinstance(container, dict) else container
         count += len(values)
-        if count > most:
+        if count > limit:
             raise ApiError(
                 400,
-                f"the body has over {most:,} values, the limit: send fewer fields or shorter lists",
+                f"the body has over {limit:,} values, the limit: "
+                "send fewer fields or shorter lists",
                 code="invalid_value",
             )
         containers += [value for value in values if isinstance(value, dict | list)]
 
 
-def _changes_nothing(model: type[StrictModel], name: str, value: Any) -> bool:
+def _is_neutral(model: type[StrictModel], name: str, value: Any) -> bool:
+    """Whether a field that the model does not have has a value that changes nothing."""
     if value is None:
         return True
     if isinstance(value, dict):
         value = {key: inner for key, inner in value.items() if inner is not None}
     # 0 == False in Python, but not in JSON.
-    plain = [
+    neutral = [
         v for v in model.neutral.get(name, ()) if isinstance(v, bool) == isinstance(value, bool)
     ]
-    return name not in model.model_fields and value in plain
+    return name not in model.model_fields and value in neutral
 
 
 def _with_name(error: ErrorDetails, data: Any) -> ErrorDetails:
-    """The error. pydantic cannot read a name with a lone surrogate, and tells of the object around
-    it; no field has such a name, so this becomes the error of an unknown field."""
-    around = data
+    """The error, with the path of the field. pydantic cannot read a name with a lone surrogate and
+    reports the object that holds it. No field has such a name, so the field is unknown."""
+    value = data
     for step in error["loc"]:
-        around = _enter(around, step)
-    if error["type"] == "string_unicode" and isinstance(around, dict):
+        value = _enter(value, step)
+    if error["type"] == "string_unicode" and isinstance(value, dict):
         return {**error, "type": "extra_forbidden", "loc": (*error["loc"], error["input"])}
     return error
 
 
-def _refusal(model: type[StrictModel], first: ErrorDetails, data: Any) -> ApiError:
+def _to_api_error(model: type[StrictModel], first: ErrorDetails, data: Any) -> ApiError:
     path, code = _path(data, first["loc"]), "invalid_value"
     field = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
-        code, message = "unknown_field", _unknown(model, first["loc"], path)
+        code, message = "unknown_field", _unknown_field(model, first["loc"], path)
     elif first["type"] == "missing":
         message = f"{path} is missing: give it"
     elif first["type"] == "unknown_type":
-        message = f"{path} has the type {_shown(first['input'])}, which is unknown on this route"
+        message = f"{path} has the type {_display(first['input'])}, which is unknown on this route"
     elif first["type"] in ("dict_type", "model_type", "model_attributes_type"):
-        message = f"{path}={_shown(first['input'])} is not possible: send an object"
-    elif first["type"] == "too_short":  # all lists of a least length have 1
+        message = f"{path}={_display(first['input'])} is not possible: send an object"
+    elif first["type"] == "too_short":  # the minimum is always 1
         message = f"{path} is empty: give at least one item"
     elif first["type"] == "too_long":
-        most = first["ctx"]["max_length"]
-        limit = f"has over {most:,} item{'s' * (most > 1)}, the limit" if most else "is not empty"
-        message = f"{path} {limit}: leave {'some' if most else 'it'} out"
+        limit = first["ctx"]["max_length"]
+        if limit:
+            plural = "s" if limit > 1 else ""
+            message = f"{path} has over {limit:,} item{plural}, the limit: leave some out"
+        else:
+            message = f"{path} is not empty: leave it out"
     elif first["type"] == "string_too_long":
-        count, most = len(first["input"]), first["ctx"]["max_length"]
-        message = f"{path} has {count:,} characters, limit {most:,}: send less at a time"
+        count, limit = len(first["input"]), first["ctx"]["max_length"]
+        message = f"{path} has {count:,} characters, limit {limit:,}: send less at a time"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         named = message.split()[0].rstrip(":")
         field = named if named in model.model_fields else None
     else:
-        shown = _shown(first["input"])
-        message = f"{path}={shown} is not possible: {_lower(first['msg'])}"
+        shown = _display(first["input"])
+        message = f"{path}={shown} is not possible: {_lower_first(first['msg'])}"
     return ApiError(400, message, param=path or field, code=code)
 
 
-def _unknown(model: type[StrictModel], loc: tuple[int | str, ...], path: str) -> str:
+def _unknown_field(model: type[StrictModel], loc: tuple[int | str, ...], path: str) -> str:
     name = str(loc[-1])
     if len(loc) == 1 and name in model.why_not:
         return f"{path}: {model.why_not[name]}"
@@ -804,34 +812,37 @@ def _unknown(model: type[StrictModel], loc: tuple[int | str, ...], path: str) ->
 
 def _path(data: Any, loc: tuple[int | str, ...]) -> str:
     """A path such as messages[0].content, without the tags of unions, which are in <>."""
-    path, at = "", data
+    path, value = "", data
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif not step.startswith("<") or (isinstance(at, dict) and step in at):
+        elif not step.startswith("<") or (isinstance(value, dict) and step in value):
             name = step[:60] if step.isidentifier() else repr(step[:60])
             path += f".{name}" if path else name
-        at = _enter(at, step)
+        value = _enter(value, step)
     return path
 
 
-def _enter(at: Any, step: int | str) -> Any:
-    """The value at a step of a path; `at` itself if the step is the tag of a union, or missing."""
+def _enter(value: Any, step: int | str) -> Any:
+    """The item or field of a value that a step of a path names; the value itself if the step is the
+    tag of a union, or missing."""
     if isinstance(step, int):
-        return at[step] if isinstance(at, list) and step < len(at) else at
-    return at[step] if isinstance(at, dict) and step in at else at
+        return value[step] if isinstance(value, list) and step < len(value) else value
+    return value[step] if isinstance(value, dict) and step in value else value
 
 
 def _remove(data: Any, loc: tuple[int | str, ...]) -> str:
-    at = data
+    """Delete a field. Returns its path."""
+    value = data
     for step in loc[:-1]:
-        at = _enter(at, step)
+        value = _enter(value, step)
     path = _path(data, loc)
-    del at[loc[-1]]
+    del value[loc[-1]]
     return path
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
+    """A value as errors show it: short, and only the type of an object."""
     if isinstance(value, dict) and isinstance(value.get("type"), str):
         value = value["type"]
     if isinstance(value, int) and abs(value) >= 2**128:
@@ -842,5 +853,5 @@ def _shown(value: Any) -> str:
     return f"<{type(value).__name__}>"
 
 
-def _lower(message: str) -> str:
+def _lower_first(message: str) -> str:
     return message[:1].lower() + message[1:]

@@ -1,4 +1,4 @@
-"""Run the server: socket, signals, logs."""
+"""Runs the server: socket, signals, logs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from earlyfusion.serve.replicas import Remotes
 from earlyfusion.serve.service import Service
 
 _BACKLOG = 1024
-# Seconds that a thread keeps the interpreter while others wait. With Python's 5 ms for each worker
-# thread, a client would wait mostly for them before it is refused.
+# Seconds that a thread keeps the interpreter lock while others wait for it. With Python's 5 ms, a
+# client that is refused would mostly wait for the worker threads.
 _SWITCH_INTERVAL = 0.0005
 
 
@@ -36,8 +36,9 @@ def serve(
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then finish those that run.
 
-    The engine runs in a thread of this process; or `remote` is one engine or several in other
-    processes, and `model` the front of one. Raises `SettingError` if the port is taken.
+    The engine runs in a thread of this process, unless `remote` is one engine or several in other
+    processes; `model` is then that of one's `EngineInfo`. `quiet` prints no line at the start.
+    Raises `SettingError` if the port is taken.
     """
     listener = listener_of(options)
     log_as_json()
@@ -56,8 +57,8 @@ def serve(
         timeout_graceful_shutdown=max(int(options.drain_seconds), 1),
     )
     server = Server(config, app.state.service, quiet)
-    # A full collection visits all objects of the imported modules, which takes 0.2 s or more. These
-    # live as long as the process, so leave them out from now on.
+    # A full garbage collection visits all objects of the imported modules, which takes 0.2 s or
+    # more. They live as long as the process, so exclude them from now on.
     gc.freeze()
     try:
         server.run(sockets=[listener])
@@ -66,7 +67,7 @@ def serve(
 
 
 def http_parser() -> type[asyncio.Protocol] | Literal["h11"]:
-    """How HTTP is parsed: by httptools, or by Python where that is not installed."""
+    """uvicorn's HTTP parser: httptools, or h11, which is in Python, if that is not installed."""
     if find_spec("httptools") is None:
         return "h11"
     from earlyfusion.serve.http import LimitedHttp
@@ -75,12 +76,13 @@ def http_parser() -> type[asyncio.Protocol] | Literal["h11"]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server. A signal stops admission at once, and the process exits with 0. A second
-    signal ends the requests that run, a third one does not wait for their clients."""
+    """uvicorn's server. A signal stops admission at once; when all requests are answered, the
+    process exits with 0. A second signal ends the running requests with an error, and a third one
+    does not wait until their clients have it."""
 
     def __init__(self, config: uvicorn.Config, service: Service, quiet: bool) -> None:
         super().__init__(config)
-        self._service, self._quiet, self._hurried = service, quiet, False
+        self._service, self._quiet, self._is_aborting = service, quiet, False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -96,11 +98,11 @@ class Server(uvicorn.Server):
         # uvicorn's own method raises the signal again after the shutdown, which changes the exit
         # code.
         driver = self._service.driver
-        if self._hurried:
-            logging.getLogger("uvicorn.error").disabled = True  # it tells of each cancelled request
+        if self._is_aborting:
+            logging.getLogger("uvicorn.error").disabled = True  # it logs each cancelled request
             self.force_exit = True
         elif self.should_exit and self._loop is not None:
-            self._hurried = True
+            self._is_aborting = True
             self._loop.call_soon_threadsafe(driver.abort)
         driver.draining = self.should_exit = True
 
@@ -124,7 +126,7 @@ def listener_of(options: ServeOptions) -> socket.socket:
 
 
 def _reason(error: OSError) -> str:
-    """What is wrong, without the address, which Python adds for some errors."""
+    """The text of an error, without the address that Python appends to some."""
     if isinstance(error, socket.gaierror) or error.errno is None:
         return str(error.strerror)
     return os.strerror(error.errno)

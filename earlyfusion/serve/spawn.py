@@ -1,4 +1,5 @@
-"""Starts the engine's process. Imports little, so that the child loads while the server imports."""
+"""Starts the engine's process. Imports little, so that the process can load the model while the
+server imports its modules."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How a child loads its model: arguments of `Chameleon.load`, and `--fit`.
+    """How an engine's process loads the model: the arguments of `Chameleon.load`, and `fit`, which
+    fits images into squares (None: the model's own way).
 
-    The child is number `replica` of `replicas`, which share the cores of a CPU or have a GPU each.
-    """
+    The process is number `replica` of `replicas`, which share the cores of a CPU or have a GPU
+    each."""
 
     name: str = "mini"
     device: str = "auto"
@@ -62,17 +64,18 @@ class LoadPlan:
         if resolve_device(self.device).type == "cpu":
             torch.set_num_threads(max(torch.get_num_threads() // self.replicas, 1))
             return self.device
-        found = torch.cuda.device_count()
-        if self.device not in ("auto", "cuda") or self.replicas > found:
+        num_gpus = torch.cuda.device_count() if self.device in ("auto", "cuda") else 1
+        if self.replicas > num_gpus:
             raise SettingError(
                 f"replicas={self.replicas} need a GPU each, and device={self.device!r} has "
-                f"{found if self.device in ('auto', 'cuda') else 1}: use fewer"
+                f"{num_gpus}: use fewer"
             )
         return f"cuda:{self.replica}"
 
 
 def cache_share(model: Chameleon, replicas: int) -> int:
-    """Bytes of the cache of each of several engines that share the free memory of a machine."""
+    """The bytes of each engine's cache, where several engines share the free memory of a
+    machine."""
     from earlyfusion.devices import free_bytes
     from earlyfusion.engine.cache import PagedCache, cache_dtype, cache_size
     from earlyfusion.model.kv_cache import dtype_and_device
@@ -85,7 +88,8 @@ def cache_share(model: Chameleon, replicas: int) -> int:
 
 
 def start(plan: LoadPlan) -> tuple[BaseProcess, Connection]:
-    """A process that loads the model and serves its engine (process.py), and the socket to it."""
+    """Start a process that loads the model and runs its engine (process.py). Returns it with the
+    socket to it."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(theirs, plan), name="engine", daemon=True)
