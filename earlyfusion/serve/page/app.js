@@ -1,92 +1,92 @@
 // The page: its state, its event listeners, and the actions that they start.
 
 import { ServerError, chat, models } from "./api.js";
-import { apply, bodyOf, fieldsOf, newConversation, schemaOf, streamed } from "./conversation.js";
+import { applyChunk, newConversation, parseSchema, requestBody, requestFields, streamingBody } from "./conversation.js";
 import { imagesIn, readImage } from "./images.js";
 import { asCurl, asPython } from "./snippets.js";
 import * as store from "./store.js";
 import { attachedView, button, el, icon, turnViews, updateReply, updateStrip } from "./view.js";
-import { currentLanguage, speak, t } from "./words.js";
+import { applyLanguage, currentLanguage, t } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
-const running = new Map(); // reply -> {conversation, control}
-const opened = new Map(); // id -> conversation, of those loaded since the page was opened
-const coarse = matchMedia("(pointer: coarse)");
+const running = new Map(); // of replies that are being generated: reply -> {conversation, controller}
+const loaded = new Map(); // id -> conversation
+const isTouchScreen = matchMedia("(pointer: coarse)");
 const inputs = [...document.querySelectorAll("#settings :is(input, textarea)")];
 let conversation = newConversation();
 let attached = [];
-let served = []; // of /v1/models
-let key = store.recall("key") ?? store.recall("key", sessionStorage) ?? "";
-let asking = null; // a promise while the dialog for the API key is open
+let servedModels = []; // of /v1/models
+let key = store.getValue("key") ?? store.getValue("key", sessionStorage) ?? "";
+let keyRequest = null; // a promise while the dialog for the API key is open
 
 // --- requests ---
 
-const model = () => served.find(({ id }) => id === $("model").value) ?? served[0];
+const model = () => servedModels.find(({ id }) => id === $("model").value) ?? servedModels[0];
 const output = () => document.querySelector("[name=output]:checked").value;
 const settings = () => Object.fromEntries(inputs.map(({ name, value }) => [name, value]));
 
-/** Whether a request can be made of the settings; says so if not. */
-function usable(wanted = output()) {
-  if (wanted === "image" || schemaOf(settings()) !== undefined) return true;
-  say(t("badSchema"));
+/** Whether the JSON schema in the settings can be sent, where the reply may have text; shows a message if not. */
+function checkSchema(wanted = output()) {
+  if (wanted === "image" || parseSchema(settings()) !== undefined) return true;
+  showToast(t("badSchema"));
   return false;
 }
 
-async function begin(parts, { alone = false, wanted = output() } = {}) {
-  if (!usable(wanted)) return;
+async function sendTurn(parts, { alone = false, wanted = output() } = {}) {
+  if (!checkSchema(wanted)) return;
   conversation.turns.push({ role: "user", parts, alone });
   conversation.title ||= parts.find((part) => part.text)?.text.slice(0, 80) ?? "";
-  await answer(wanted);
+  await generateReplies(wanted);
 }
 
 /** Ask for replies to the last user turn. */
-async function answer(wanted, count = Math.min(Math.max(Number(settings().replies) || 1, 1), 4)) {
+async function generateReplies(wanted, count = Math.min(Math.max(Number(settings().replies) || 1, 1), 4)) {
   const { turns } = conversation;
   if (turns.at(-1).role === "user") turns.push({ role: "assistant", replies: [], chosen: 0 });
   const turn = Object.assign(turns.at(-1), { wanted, switchedTo: output() });
   turn.chosen = turn.replies.length;
-  const begun = [];
+  const newReplies = [];
   for (let number = 0; number < count; number += 1) {
-    const fields = fieldsOf(settings(), wanted, turn.replies.length);
-    begun.push({ parts: [], fields, state: "running" });
-    turn.replies.push(begun.at(-1));
+    const fields = requestFields(settings(), wanted, turn.replies.length);
+    newReplies.push({ parts: [], fields, state: "running" });
+    turn.replies.push(newReplies.at(-1));
   }
   render();
   focusPrompt();
   scrollDown();
   announce(t("replyBegins"));
-  persist(conversation);
-  store.remember("open", conversation.id);
-  await Promise.all(begun.map((reply) => run(conversation, turns.length - 1, reply)));
+  saveConversation(conversation);
+  store.setValue("open", conversation.id);
+  await Promise.all(newReplies.map((reply) => streamReply(conversation, turns.length - 1, reply)));
 }
 
-async function run(target, position, reply) {
-  const control = new AbortController();
-  running.set(reply, { conversation: target, control });
+async function streamReply(target, position, reply) {
+  const controller = new AbortController();
+  running.set(reply, { conversation: target, controller });
   showRunning();
   const began = performance.now();
   const since = () => (performance.now() - began) / 1000;
-  const body = streamed(bodyOf(target.turns, position, model()?.id, reply.fields));
+  const body = streamingBody(requestBody(target.turns, position, model()?.id, reply.fields));
   try {
-    for await (const chunk of withKey(() => chat(body, key, control.signal))) {
-      if (apply(reply, chunk)) reply.first ??= since();
-      later(reply);
+    for await (const chunk of withKey(() => chat(body, key, controller.signal))) {
+      if (applyChunk(reply, chunk)) reply.first ??= since();
+      scheduleUpdate(reply);
     }
     reply.state = "done";
   } catch (error) {
-    reply.state = control.signal.aborted ? "stopped" : "error";
+    reply.state = controller.signal.aborted ? "stopped" : "error";
     if (reply.state === "error") reply.error = error.message;
-    if (!(error instanceof ServerError || control.signal.aborted)) console.error(error);
+    if (!(error instanceof ServerError || controller.signal.aborted)) console.error(error);
   }
   reply.seconds = since();
   running.delete(reply);
   finish(target, position, reply);
 }
 
-/** The output that a turn asked for, unless the user has changed the switch since. */
-const wantedAgain = (turn) => (turn && turn.switchedTo === output() ? turn.wanted : output());
+/** The output that a turn asked for, or the one that the user has chosen since. */
+const outputOf = (turn) => (turn && turn.switchedTo === output() ? turn.wanted : output());
 
-/** The stream; if the server wants an API key, ask for it and try again. */
+/** The chunks of a stream; if the server requires an API key, asks for it and tries again. */
 async function* withKey(stream) {
   try {
     yield* stream();
@@ -97,20 +97,20 @@ async function* withKey(stream) {
 }
 
 function finish(target, position, reply) {
-  atTheEnd(() => (updateReply(reply), updateStrip(target.turns[position])));
+  keepScroll(() => (updateReply(reply), updateStrip(target.turns[position])));
   showRunning();
-  announce(reply.state === "error" ? reply.error || t("notReached") : t("replyDone", { text: spoken(reply) }));
-  persist(target);
+  announce(reply.state === "error" ? reply.error || t("notReached") : t("replyDone", { text: replySummary(reply) }));
+  saveConversation(target);
 }
 
-function spoken(reply) {
+function replySummary(reply) {
   const images = reply.parts.filter((part) => part.url).length;
   const text = reply.parts.map((part) => part.text ?? "").join(" ").trim();
   return [text, images ? t("imageCount", { n: images }) : ""].filter(Boolean).join(", ");
 }
 
 function stop(target = conversation) {
-  for (const entry of running.values()) if (entry.conversation === target) entry.control.abort();
+  for (const entry of running.values()) if (entry.conversation === target) entry.controller.abort();
 }
 
 // --- actions of the buttons in a conversation ---
@@ -128,27 +128,27 @@ const act = {
     else views[conversation.turns.indexOf(from)].querySelector(".actions button").focus();
   },
   saveEdit(turn, position, parts) {
-    const wanted = wantedAgain(conversation.turns[position + 1]);
-    if (!parts.length || !usable(wanted)) return;
+    const wanted = outputOf(conversation.turns[position + 1]);
+    if (!parts.length || !checkSchema(wanted)) return;
     stop();
     act.editing = null;
     conversation.turns.length = position;
     if (!position) conversation.title = "";
-    begin(parts, { alone: turn.alone, wanted });
+    sendTurn(parts, { alone: turn.alone, wanted });
   },
   choose(turn, number) {
     turn.chosen = number;
     render();
-    persist(conversation);
+    saveConversation(conversation);
     const strip = $("turns").children[conversation.turns.indexOf(turn)].querySelector(".strip");
     strip.children[number].focus();
   },
   regenerate(turn) {
-    if (usable(wantedAgain(turn))) answer(wantedAgain(turn), 1);
+    if (checkSchema(outputOf(turn))) generateReplies(outputOf(turn), 1);
   },
-  vary: (part) => begin([imagePart(part), { type: "text", text: t("varyPrompt") }], { alone: true, wanted: "image" }),
+  vary: (part) => sendTurn([imagePart(part), { type: "text", text: t("varyPrompt") }], { alone: true, wanted: "image" }),
   restyle(part, style) {
-    begin([imagePart(part), { type: "text", text: t("restylePrompt", { style }) }], { alone: true, wanted: "image" });
+    sendTurn([imagePart(part), { type: "text", text: t("restylePrompt", { style }) }], { alone: true, wanted: "image" });
   },
   reuse(part) {
     attached.push(imagePart(part));
@@ -156,8 +156,8 @@ const act = {
     focusPrompt();
   },
   copyText: (reply) => copy(reply.parts.map((part) => part.text ?? "").filter(Boolean).join("\n")),
-  copyCurl: (reply, position) => copy(asCurl(bodyOf(conversation.turns, position, model()?.id, reply.fields), key)),
-  copyPython: (reply, position) => copy(asPython(bodyOf(conversation.turns, position, model()?.id, reply.fields), key)),
+  copyCurl: (reply, position) => copy(asCurl(requestBody(conversation.turns, position, model()?.id, reply.fields), key)),
+  copyPython: (reply, position) => copy(asPython(requestBody(conversation.turns, position, model()?.id, reply.fields), key)),
 };
 
 const imagePart = ({ url, name }) => ({ type: "image", url, name });
@@ -172,9 +172,9 @@ async function copy(text) {
     area.select();
     const copied = document.execCommand("copy");
     area.remove();
-    if (!copied) return say(t("notCopied"));
+    if (!copied) return showToast(t("notCopied"));
   }
-  return say(t("copied"));
+  return showToast(t("copied"));
 }
 
 // --- rendering ---
@@ -194,17 +194,17 @@ function showRunning() {
   if (focused) focusPrompt();
 }
 
-const waiting = new Set();
+const pendingUpdates = new Set();
 
 /** Render a reply in the next frame. */
-function later(reply) {
-  if (!waiting.size) {
+function scheduleUpdate(reply) {
+  if (!pendingUpdates.size) {
     requestAnimationFrame(() => {
-      atTheEnd(() => waiting.forEach(updateReply));
-      waiting.clear();
+      keepScroll(() => pendingUpdates.forEach(updateReply));
+      pendingUpdates.clear();
     });
   }
-  waiting.add(reply);
+  pendingUpdates.add(reply);
 }
 
 // The thread stays at its end while it grows, until somebody scrolls up.
@@ -214,7 +214,7 @@ function followReplies() {
   const thread = $("thread");
   thread.addEventListener("scroll", () => {
     const near = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
-    // What grows below is no reason to stay behind.
+    // Content that grows below the view is no reason to stop following: only scrolling up is.
     if (near || thread.scrollTop < scrolled.top) scrolled.follows = near;
     scrolled.top = thread.scrollTop;
   });
@@ -224,7 +224,7 @@ function followReplies() {
 }
 
 /** Change the thread. If it was scrolled to the end it stays at the end, else where it was. */
-function atTheEnd(change) {
+function keepScroll(change) {
   const { scrollTop } = $("thread");
   change();
   $("thread").scrollTop = scrolled.follows ? $("thread").scrollHeight : scrollTop;
@@ -237,21 +237,21 @@ function scrollDown() {
 
 /** Focus the message field; not on touch screens, where the keyboard would cover the reply. */
 function focusPrompt() {
-  $(coarse.matches ? "thread" : "prompt").focus({ preventScroll: true });
+  $(isTouchScreen.matches ? "thread" : "prompt").focus({ preventScroll: true });
 }
 
 function announce(text) {
   $("live").textContent = text;
 }
 
-let fading;
+let toastTimer;
 
-function say(text) {
+function showToast(text) {
   announce(text);
   $("toast").textContent = text;
   $("toast").hidden = false;
-  clearTimeout(fading);
-  fading = setTimeout(() => ($("toast").hidden = true), 4000);
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => ($("toast").hidden = true), 4000);
 }
 
 function renderAttached() {
@@ -262,7 +262,7 @@ function renderAttached() {
 function renderExamples() {
   const ask = button("exampleAskLabel", () => (($("prompt").value = t("exampleAsk")), $("pick").click()));
   const examples = [["exampleDraw", "image"], ["exampleBoth", "interleaved"]].map(([name, wanted]) =>
-    button(name, () => begin([{ type: "text", text: t(name) }], { wanted })),
+    button(name, () => sendTurn([{ type: "text", text: t(name) }], { wanted })),
   );
   const offered = act.generatesImages() ? [...examples, ask] : [ask];
   $("examples").replaceChildren(...offered.map((example) => el("li", {}, example)));
@@ -270,14 +270,14 @@ function renderExamples() {
 
 // --- the list of conversations ---
 
-async function persist(target) {
+async function saveConversation(target) {
   if (target.gone) return;
   target.updated = Date.now();
-  opened.set(target.id, target);
+  loaded.set(target.id, target);
   try {
     await store.save(target);
   } catch {
-    say(t("notStored"));
+    showToast(t("notStored"));
   }
   await renderList();
 }
@@ -288,15 +288,15 @@ async function renderList() {
     const title = head.title || t("untitled");
     const current = head.id === conversation.id;
     return el("li", {},
-      el("button", { type: "button", class: "wide", "aria-current": current ? "true" : undefined, onclick: () => show(head.id) }, title),
-      el("button", { type: "button", class: "icon small", "aria-label": t("remove", { title }), onclick: () => forget(head) }, icon("close")));
+      el("button", { type: "button", class: "wide", "aria-current": current ? "true" : undefined, onclick: () => openConversation(head.id) }, title),
+      el("button", { type: "button", class: "icon small", "aria-label": t("remove", { title }), onclick: () => deleteConversation(head) }, icon("close")));
   }));
 }
 
-async function show(id) {
-  const found = opened.get(id) ?? (await store.load(id));
+async function openConversation(id) {
+  const found = loaded.get(id) ?? (await store.load(id));
   if (!found || found.gone) return;
-  opened.set(id, found);
+  loaded.set(id, found);
   for (const reply of found.turns.flatMap((turn) => turn.replies ?? [])) {
     if (reply.state === "running" && !running.has(reply)) reply.state = "stopped"; // the page was closed
   }
@@ -306,26 +306,26 @@ async function show(id) {
 function switchTo(other) {
   conversation = other;
   act.editing = null;
-  store.remember("open", other.turns.length ? other.id : null);
+  store.setValue("open", other.turns.length ? other.id : null);
   render();
   scrollDown();
   renderList();
-  openSide(false);
+  showSidebar(false);
   focusPrompt();
 }
 
-async function forget(head) {
+async function deleteConversation(head) {
   if (!confirm(t("confirmRemove"))) return;
-  const found = opened.get(head.id);
+  const found = loaded.get(head.id);
   if (found) (stop(found), (found.gone = true));
   await store.remove(head.id);
   if (head.id === conversation.id) switchTo(newConversation());
   else await renderList();
-  if (!coarse.matches) $("new").focus();
+  if (!isTouchScreen.matches) $("new").focus();
 }
 
 /** On narrow screens the list of conversations overlays the page. */
-function openSide(open) {
+function showSidebar(open) {
   if (document.body.classList.contains("side-open") === open) return;
   document.body.classList.toggle("side-open", open);
   document.querySelector("main").inert = open;
@@ -337,16 +337,16 @@ function openSide(open) {
 // --- key, model, language, theme ---
 
 function askKey() {
-  asking ??= new Promise((resolve) => {
+  keyRequest ??= new Promise((resolve) => {
     const dialog = $("key");
     const closed = () => {
-      asking = null;
+      keyRequest = null;
       const given = dialog.returnValue === "ok" && $("key-input").value.trim();
       if (given) {
         key = given;
-        store.remember("key", key, sessionStorage);
-        store.remember("key", $("key-keep").checked ? key : null);
-        if (!served.length) readModels();
+        store.setValue("key", key, sessionStorage);
+        store.setValue("key", $("key-keep").checked ? key : null);
+        if (!servedModels.length) readModels();
       }
       $("key-button").hidden = !key;
       resolve(Boolean(given));
@@ -356,25 +356,25 @@ function askKey() {
     dialog.addEventListener("close", closed, { once: true });
     dialog.showModal();
   });
-  return asking;
+  return keyRequest;
 }
 
 async function readModels() {
   try {
-    served = await models(key);
+    servedModels = await models(key);
   } catch (error) {
     if (error.status === 401) return void askKey();
-    return say(error.message || t("notReached"));
+    return showToast(error.message || t("notReached"));
   }
-  $("model").replaceChildren(...served.map(({ id }) => el("option", {}, id)));
-  const last = store.recall("model");
-  if (served.some(({ id }) => id === last)) $("model").value = last;
+  $("model").replaceChildren(...servedModels.map(({ id }) => el("option", {}, id)));
+  const last = store.getValue("model");
+  if (servedModels.some(({ id }) => id === last)) $("model").value = last;
   showModel();
   return undefined;
 }
 
 function showModel() {
-  $("model").disabled = served.length < 2;
+  $("model").disabled = servedModels.length < 2;
   for (const radio of document.querySelectorAll("[name=output]")) {
     radio.disabled = !act.generatesImages() && radio.value !== "auto" && radio.value !== "text";
   }
@@ -386,7 +386,7 @@ function showModel() {
 }
 
 function setLanguage(language) {
-  speak(language);
+  applyLanguage(language);
   for (const input of inputs.filter(({ type }) => type === "number")) input.placeholder = input.name === "replies" ? "1" : t(input.name === "seed" ? "random" : "default");
   const other = currentLanguage() === "en" ? ["한국어", "ko"] : ["English", "en"];
   $("language").textContent = other[0];
@@ -398,9 +398,9 @@ function setLanguage(language) {
   renderList();
 }
 
-/** Mark a schema that is not one. */
+/** Mark the field of the JSON schema if it holds no JSON object. */
 function showSchema() {
-  document.querySelector("[name=json_schema]").setAttribute("aria-invalid", String(schemaOf(settings()) === undefined));
+  document.querySelector("[name=json_schema]").setAttribute("aria-invalid", String(parseSchema(settings()) === undefined));
 }
 
 const THEMES = { auto: "system", light: "light", dark: "dark" };
@@ -415,7 +415,7 @@ function nextTheme() {
   const names = Object.keys(THEMES);
   const next = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length];
   document.documentElement.dataset.theme = next;
-  store.remember("theme", next);
+  store.setValue("theme", next);
   showTheme();
   announce($("theme").title);
 }
@@ -427,7 +427,7 @@ async function attach(files) {
     try {
       attached.push(await readImage(file));
     } catch {
-      say(t("unreadable", { name: file.name }));
+      showToast(t("unreadable", { name: file.name }));
     }
   }
   renderAttached();
@@ -438,29 +438,29 @@ function send(event) {
   event?.preventDefault();
   const text = $("prompt").value.trim();
   const busy = [...running.values()].some((entry) => entry.conversation === conversation);
-  if (busy || !(text || attached.length) || !usable()) return;
+  if (busy || !(text || attached.length) || !checkSchema()) return;
   const parts = [...attached, ...(text ? [{ type: "text", text }] : [])];
   attached = [];
   $("prompt").value = "";
   renderAttached();
-  grow();
-  begin(parts);
+  resizePrompt();
+  sendTurn(parts);
 }
 
-function grow() {
+function resizePrompt() {
   $("prompt").style.height = "auto";
   $("prompt").style.height = `${$("prompt").scrollHeight}px`;
 }
 
-function listen() {
+function addListeners() {
   $("composer").addEventListener("submit", send);
   $("stop").addEventListener("click", () => stop());
-  $("prompt").addEventListener("input", grow);
+  $("prompt").addEventListener("input", resizePrompt);
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Escape") stop();
-    // While a Korean syllable is being composed, Enter belongs to the input method.
+    // While a Korean syllable is being composed, Enter is for the input method.
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-    if (!coarse.matches) send(event);
+    if (!isTouchScreen.matches) send(event);
   });
   for (const id of ["pick", "camera"]) {
     $(id).addEventListener("change", () => {
@@ -472,35 +472,35 @@ function listen() {
     const files = imagesIn(event.clipboardData);
     if (files.length) (event.preventDefault(), attach(files));
   });
-  listenForDrops();
+  addDropListeners();
   $("new").addEventListener("click", () => switchTo(newConversation()));
-  $("menu").addEventListener("click", () => openSide(true));
-  $("shade").addEventListener("click", () => openSide(false));
+  $("menu").addEventListener("click", () => showSidebar(true));
+  $("shade").addEventListener("click", () => showSidebar(false));
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") openSide(false);
+    if (event.key === "Escape") showSidebar(false);
   });
   $("language").addEventListener("click", () => {
     setLanguage(currentLanguage() === "en" ? "ko" : "en");
-    store.remember("language", currentLanguage());
+    store.setValue("language", currentLanguage());
   });
   $("theme").addEventListener("click", nextTheme);
   $("model").addEventListener("change", () => {
-    store.remember("model", $("model").value);
+    store.setValue("model", $("model").value);
     showModel();
   });
   $("key-button").addEventListener("click", askKey);
   $("settings").addEventListener("input", () => {
-    store.remember("settings", JSON.stringify(settings()));
+    store.setValue("settings", JSON.stringify(settings()));
     showSchema();
   });
   $("reset").addEventListener("click", () => {
     for (const input of inputs) input.value = "";
-    store.remember("settings", null);
+    store.setValue("settings", null);
     showSchema();
   });
 }
 
-function listenForDrops() {
+function addDropListeners() {
   const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   document.addEventListener("dragover", (event) => {
     if (!hasFiles(event)) return;
@@ -519,14 +519,14 @@ function listenForDrops() {
 }
 
 async function start() {
-  const known = JSON.parse(store.recall("settings") ?? "{}");
+  const known = JSON.parse(store.getValue("settings") ?? "{}");
   for (const input of inputs) input.value = known[input.name] ?? "";
   showSchema();
   followReplies();
   $("key-button").hidden = !key;
-  listen();
-  setLanguage(store.recall("language") ?? navigator.language);
-  await show(store.recall("open") ?? "");
+  addListeners();
+  setLanguage(store.getValue("language") ?? navigator.language);
+  await openConversation(store.getValue("open") ?? "");
   await readModels();
 }
 

@@ -8,7 +8,7 @@ export function newConversation() {
 }
 
 /** The JSON schema of the settings: null where there is none, undefined for anything but an object. */
-export function schemaOf({ json_schema: text = "" }) {
+export function parseSchema({ json_schema: text = "" }) {
   if (!text.trim()) return null;
   try {
     const schema = JSON.parse(text);
@@ -18,8 +18,8 @@ export function schemaOf({ json_schema: text = "" }) {
   }
 }
 
-/** The request's fields for the settings; empty ones are left to the model. There are `existing` replies. */
-export function fieldsOf(settings, output, existing) {
+/** A request's fields from the settings, without empty ones. `existing` is the number of replies so far. */
+export function requestFields(settings, output, existing) {
   const fields = {};
   if (output === "image" || output === "text") fields.modalities = [output];
   if (output === "interleaved") fields.modalities = ["text", "image"];
@@ -27,9 +27,9 @@ export function fieldsOf(settings, output, existing) {
     if (!["replies", "negative_prompt", "json_schema"].includes(name) && value !== "") fields[name] = Number(value);
   }
   if (output === "text") delete fields.max_images;
-  // What is for images is left out where there can be none, and likewise for text.
+  // Settings for images are left out of requests for text, and the schema out of requests for images.
   if (settings.negative_prompt && output !== "text") fields.negative_prompt = settings.negative_prompt;
-  const schema = schemaOf(settings);
+  const schema = parseSchema(settings);
   if (schema && output !== "image") fields.response_format = { type: "json_schema", json_schema: { schema } };
   const random = crypto.getRandomValues(new Uint32Array(1))[0];
   // Further replies get the next seeds, as the choices of one request do.
@@ -38,11 +38,11 @@ export function fieldsOf(settings, output, existing) {
 }
 
 /** The body of a request for a reply to the first `end` turns. */
-export function bodyOf(turns, end, model, fields) {
+export function requestBody(turns, end, model, fields) {
   return { model, messages: messagesOf(turns.slice(0, end)), ...fields };
 }
 
-export const streamed = (body) => ({
+export const streamingBody = (body) => ({
   ...body,
   stream: true,
   stream_options: { include_usage: true },
@@ -88,7 +88,7 @@ function assistantMessage(parts) {
 const imageUrl = ({ url }) => ({ type: "image_url", image_url: { url } });
 
 /** Add a chunk of the stream to a reply. Returns whether it had anything to show. */
-export function apply(reply, chunk) {
+export function applyChunk(reply, chunk) {
   if (chunk.usage) reply.usage = chunk.usage;
   const [choice] = chunk.choices;
   if (!choice) return false;

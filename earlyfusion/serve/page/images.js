@@ -1,14 +1,14 @@
 // The user's images: files to data URLs; photographs are scaled down before they are sent.
 
-const SIDE = 1024; // models read 512 or less
-const SMALL = 1_000_000; // bytes of a file that is sent as it is
-const KNOWN = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
+const MAX_SIDE = 1024; // models read 512 or less
+const MAX_UNCHANGED_BYTES = 1_000_000; // of a file that is sent as it is
+const SERVER_TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 
 /** The image of a file as {type, url, name}. Throws where the browser cannot read it. */
 export async function readImage(file) {
   const bitmap = await createImageBitmap(file);
-  const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
-  const asIs = scale === 1 && file.size <= SMALL && KNOWN.includes(file.type);
+  const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
+  const asIs = scale === 1 && file.size <= MAX_UNCHANGED_BYTES && SERVER_TYPES.includes(file.type);
   const url = asIs ? await dataUrl(file) : scaledDown(bitmap, scale);
   bitmap.close();
   return { type: "image", url, name: file.name };

@@ -2,7 +2,7 @@
 
 import { address } from "./api.js";
 
-const OPENAI = ["model", "messages", "temperature", "max_tokens", "seed"];
+const OPENAI_FIELDS = ["model", "messages", "temperature", "max_tokens", "seed"];
 
 export function asCurl(body, hasKey) {
   const lines = [`curl ${address("v1/chat/completions")}`, '-H "Content-Type: application/json"'];
@@ -14,8 +14,8 @@ export function asCurl(body, hasKey) {
 
 export function asPython(body, hasKey) {
   const withImages = body.modalities?.includes("image") !== false;
-  const own = Object.entries(body).filter(([name]) => !OPENAI.includes(name));
-  const given = Object.entries(body).filter(([name]) => OPENAI.includes(name));
+  const additions = Object.entries(body).filter(([name]) => !OPENAI_FIELDS.includes(name));
+  const standard = Object.entries(body).filter(([name]) => OPENAI_FIELDS.includes(name));
   const key = hasKey ? 'os.environ["OPENAI_API_KEY"]' : '"none"';
   return [
     ...(withImages ? ["import base64"] : []),
@@ -25,17 +25,17 @@ export function asPython(body, hasKey) {
     "",
     `client = OpenAI(base_url=${JSON.stringify(address("v1"))}, api_key=${key})`,
     "reply = client.chat.completions.create(",
-    ...given.map(([name, value]) => `    ${name}=${literal(value, "    ")},`),
-    ...(own.length ? [`    extra_body=${literal(Object.fromEntries(own), "    ")},`] : []),
+    ...standard.map(([name, value]) => `    ${name}=${literal(value, "    ")},`),
+    ...(additions.length ? [`    extra_body=${literal(Object.fromEntries(additions), "    ")},`] : []),
     ")",
     "message = reply.choices[0].message",
     "print(message.content)",
-    ...(withImages ? SAVE : []),
+    ...(withImages ? SAVE_IMAGES : []),
     "",
   ].join("\n");
 }
 
-const SAVE = [
+const SAVE_IMAGES = [
   'for number, image in enumerate(getattr(message, "images", None) or []):',
   '    data = image["image_url"]["url"].partition(",")[2]',
   '    with open(f"image-{number}.png", "wb") as file:',

@@ -1,42 +1,42 @@
-// Conversations in IndexedDB: one store has their titles and sizes, the other their turns with the
-// images. Beyond MOST conversations or MOST_BYTES in all, the oldest are deleted.
+// Conversations in IndexedDB: the store "heads" has their titles and sizes, "bodies" their turns with
+// the images. Beyond MAX_CONVERSATIONS or MAX_BYTES in all, the oldest are deleted.
 
-const MOST = 100;
-const MOST_BYTES = 200_000_000;
-let database; // a promise; of null where the browser allows no storage
+const MAX_CONVERSATIONS = 100;
+const MAX_BYTES = 200_000_000;
+let database; // a promise of the database, or of null if the browser allows no storage
 
 /** Titles, newest first. */
 export async function list() {
-  const found = (await inside("readonly", (heads) => heads.getAll())) ?? [];
+  const found = (await inTransaction("readonly", (heads) => heads.getAll())) ?? [];
   return found.sort((a, b) => b.updated - a.updated);
 }
 
 export async function load(id) {
-  return inside("readonly", (_, bodies) => bodies.get(id));
+  return inTransaction("readonly", (_, bodies) => bodies.get(id));
 }
 
 export async function save(conversation) {
   const bytes = JSON.stringify(conversation.turns).length;
   const { id, title, updated, turns } = conversation;
-  await inside("readwrite", (heads, bodies) => {
+  await inTransaction("readwrite", (heads, bodies) => {
     heads.put({ id, title, updated, bytes });
     return bodies.put({ id, title, updated, turns });
   });
-  let room = MOST_BYTES;
+  let room = MAX_BYTES;
   for (const [position, head] of (await list()).entries()) {
     room -= head.bytes;
-    if (position && (room < 0 || position >= MOST)) await remove(head.id);
+    if (position && (room < 0 || position >= MAX_CONVERSATIONS)) await remove(head.id);
   }
 }
 
 export async function remove(id) {
-  await inside("readwrite", (heads, bodies) => {
+  await inTransaction("readwrite", (heads, bodies) => {
     heads.delete(id);
     return bodies.delete(id);
   });
 }
 
-async function inside(mode, act) {
+async function inTransaction(mode, act) {
   database ??= open();
   const base = await database;
   if (!base) return undefined;
@@ -67,7 +67,7 @@ function open() {
 }
 
 /** Small values: the language, the theme, the settings. Null where the browser allows no storage. */
-export function recall(name, store = localStorage) {
+export function getValue(name, store = localStorage) {
   try {
     return store.getItem(`earlyfusion.${name}`);
   } catch {
@@ -75,7 +75,7 @@ export function recall(name, store = localStorage) {
   }
 }
 
-export function remember(name, value, store = localStorage) {
+export function setValue(name, value, store = localStorage) {
   try {
     if (value === null) store.removeItem(`earlyfusion.${name}`);
     else store.setItem(`earlyfusion.${name}`, value);

@@ -24,9 +24,9 @@ export function icon(name) {
   return svg;
 }
 
-// Elements of the replies and strips on the page, to update them while they stream.
-const shown = new WeakMap();
-const strips = new WeakMap();
+// The elements of replies, and the strips of thumbnails by turn, to update them while replies stream.
+const replyViews = new WeakMap();
+const stripOf = new WeakMap();
 
 /** The elements of all turns; `act` holds the actions of their buttons. */
 export function turnViews(conversation, act) {
@@ -49,9 +49,9 @@ function userView(turn, position, act) {
 }
 
 function editView(turn, position, act) {
-  const words = turn.parts.find((part) => part.type === "text")?.text ?? "";
+  const text = turn.parts.find((part) => part.type === "text")?.text ?? "";
   const field = el("textarea", { rows: 3, "aria-label": t("editMessage") });
-  field.value = words;
+  field.value = text;
   const images = turn.parts.filter((part) => part.type === "image");
   const thumbnails = el("ul", { class: "attached" });
   for (const part of images) thumbnails.append(attachedView(part, () => images.splice(images.indexOf(part), 1)));
@@ -70,11 +70,11 @@ function editView(turn, position, act) {
 }
 
 /** An image to be sent, with a button that removes it. */
-export function attachedView(part, takeOut) {
+export function attachedView(part, onRemove) {
   const name = part.name ?? t("image");
   const view = el("li", {}, image(part.url, t("attachedImage", { name })));
-  const leave = () => (view.remove(), takeOut());
-  view.append(el("button", { type: "button", class: "icon small", "aria-label": t("detach", { name }), onclick: leave }, icon("close")));
+  const remove = () => (view.remove(), onRemove());
+  view.append(el("button", { type: "button", class: "icon small", "aria-label": t("detach", { name }), onclick: remove }, icon("close")));
   return view;
 }
 
@@ -87,7 +87,7 @@ function modelView(turn, position, conversation, act) {
   view.append(content, ...(turn.replies.length > 1 ? [stripView(turn, act)] : []), meta, actions);
   const last = position === conversation.turns.length - 1;
   const parts = { turn, content, meta, actions, act, position, last, nodes: [] };
-  shown.set(reply, parts);
+  replyViews.set(reply, parts);
   updateReply(reply);
   return view;
 }
@@ -95,28 +95,28 @@ function modelView(turn, position, conversation, act) {
 function stripView(turn, act) {
   const strip = el("div", { class: "strip", role: "group", "aria-label": t("variants") });
   for (const number of turn.replies.keys()) {
-    const pick = el("button", {
+    const thumbnail = el("button", {
       type: "button", class: "quiet", "aria-pressed": String(number === turn.chosen),
       "aria-label": t("variant", { number: number + 1 }), onclick: () => act.choose(turn, number),
     });
-    strip.append(pick);
+    strip.append(thumbnail);
   }
-  strips.set(turn, strip);
+  stripOf.set(turn, strip);
   updateStrip(turn);
   return strip;
 }
 
 /** Update the thumbnails of a turn's replies. */
 export function updateStrip(turn) {
-  for (const [number, pick] of [...(strips.get(turn)?.children ?? [])].entries()) {
+  for (const [number, thumbnail] of [...(stripOf.get(turn)?.children ?? [])].entries()) {
     const shownImage = turn.replies[number].parts.find((part) => part.url ?? part.partial);
-    pick.replaceChildren(shownImage ? image(shownImage.url ?? shownImage.partial, "") : String(number + 1));
+    thumbnail.replaceChildren(shownImage ? image(shownImage.url ?? shownImage.partial, "") : String(number + 1));
   }
 }
 
 /** Update the elements of a reply, if it is on the page. */
 export function updateReply(reply) {
-  const view = shown.get(reply);
+  const view = replyViews.get(reply);
   if (!view) return;
   const busy = reply.state === "running";
   view.content.setAttribute("aria-busy", String(busy));
@@ -211,7 +211,7 @@ function image(url, alt) {
 function replyActions({ turn, position, act, last }, reply) {
   const text = reply.parts.some((part) => part.text);
   return [
-    ...(last ? [button("regenerate", () => act.regenerate(turn, position))] : []),
+    ...(last ? [button("regenerate", () => act.regenerate(turn))] : []),
     ...(text ? [button("copyText", () => act.copyText(reply))] : []),
     button("copyCurl", () => act.copyCurl(reply, position)),
     button("copyPython", () => act.copyPython(reply, position)),

@@ -222,7 +222,7 @@ export function t(name, values = {}) {
 }
 
 /** Switch to a language, and fill in the elements that name a word in data-t, data-t-label and so on. */
-export function speak(wanted) {
+export function applyLanguage(wanted) {
   language = wanted.startsWith("ko") ? "ko" : "en";
   document.documentElement.lang = language;
   for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
