@@ -1,11 +1,11 @@
-"""Many requests from a file of JSON lines, answered at once; a stopped run can be continued.
+"""Many requests from a file of JSON lines, answered in batches; a stopped run can be continued.
 
 A line is an object: "prompt" (a text, parts, or messages), and optionally "id", "images" (for the
-<image> marks of a prompt that is a text), "output" and any field of SamplingParams. All that can be
-checked without opening an image or the model is checked before the first request. A request that
-fails later is noted in errors.jsonl, and the next run tries it again. Replies become lines of
-replies.jsonl in the order in which they finish. A reply's images are written before its line, so
-that a killed run leaves no line without its images.
+<image> placeholders of a prompt that is a text), "output" and any field of SamplingParams. All that
+can be checked without opening an image or the model is checked before the first request. A request
+that fails later becomes a line of errors.jsonl, and the next run tries it again. Replies become
+lines of replies.jsonl in the order in which they finish. A reply's images are written before its
+line, so that a killed run leaves no line without its images.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from earlyfusion.content import (
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
 from earlyfusion.files import DuplicateKeyError, parse_json, write_whole
 from earlyfusion.generation.settings import Output, SamplingParams
-from earlyfusion.terminal import png, reply_json
+from earlyfusion.terminal import png_writer, reply_json
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
     from earlyfusion.engine.handle import Handle
 
-# Fields of SamplingParams that JSON can express and whose effect a reply's line shows.
+# The fields of SamplingParams, without those that JSON cannot express or that a reply's line does
+# not show.
 _SETTINGS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logits_processors"}
 _KEYS = {"id", "prompt", "images", "output"} | _SETTINGS
 
 
 @dataclass(frozen=True)
 class Job:
-    """One line of the file. `digest` changes with the prompt and with every setting."""
+    """One line of the file. `digest` identifies the prompt with all settings and the model."""
 
     line: int
     id: str | int
@@ -63,9 +64,9 @@ class Job:
 
 
 def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: str) -> list[Job]:
-    """The jobs of a file; `output` and `sampling` are for lines without their own. With a seed in
-    `sampling`, job number i has the seed `seed + i`, unless its line has one. Raises an
-    `EarlyFusionError` that names the line."""
+    """The jobs of a file. `output` and `sampling` are the defaults of lines; with a seed in
+    `sampling`, that of job number i, from 0, is `seed + i`. `model` becomes part of the digests.
+    Raises an `EarlyFusionError` that names the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
@@ -77,7 +78,7 @@ def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: st
         if not line.strip():
             continue
         try:
-            defaults = _seeded(sampling, len(jobs))
+            defaults = _with_seed(sampling, len(jobs))
             job = _job(number, line, path.parent, output, defaults, model)
             if str(job.id) in jobs:
                 first = jobs[str(job.id)].line
@@ -92,7 +93,7 @@ def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: st
     return list(jobs.values())
 
 
-def _seeded(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _with_seed(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
     seed = sampling.get("seed")
     return dict(sampling) | {"seed": None if seed is None else seed + number}
 
@@ -100,7 +101,7 @@ def _seeded(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
 def _job(
     number: int, line: str, folder: Path, output: Output, defaults: dict[str, Any], model: str
 ) -> Job:
-    entry = _entry(line)
+    entry = _parse_line(line)
     name, wanted = entry.get("id", number), entry.get("output", output)
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise PromptError("its id is neither a text nor a whole number: give one, or leave it out")
@@ -109,12 +110,12 @@ def _job(
     settings = defaults | {key: value for key, value in entry.items() if key in _SETTINGS}
     content = json.dumps([entry, name, wanted, settings, model], sort_keys=True)
     turns = _turns(entry, folder)
-    _check(turns)
+    _check_turns(turns)
     digest = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return Job(number, name, turns, wanted, SamplingParams(**settings), digest)
 
 
-def _entry(line: str) -> dict[str, Any]:
+def _parse_line(line: str) -> dict[str, Any]:
     try:
         entry = parse_json(line)
     except DuplicateKeyError as error:
@@ -145,8 +146,9 @@ def _turns(entry: dict[str, Any], folder: Path) -> list[tuple[Any, list[Part]]]:
     return [("user", read_parts(prompt, folder))]
 
 
-def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
-    """Refuse what cannot be a prompt. A text stands in for each image, which is not opened yet."""
+def _check_turns(turns: Sequence[tuple[Any, list[Part]]]) -> None:
+    """Raise `PromptError` for what cannot be a prompt. Images are not opened: a text replaces
+    each."""
     for path in (part for _, parts in turns for part in parts if isinstance(part, Path)):
         if not os.path.isfile(path):
             raise PromptError(
@@ -154,19 +156,19 @@ def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
             )
     as_messages(
         [
-            Message(role, [p if isinstance(p, str | Text) else Text("picture") for p in parts])
+            Message(role, [p if isinstance(p, str | Text) else Text("image") for p in parts])
             for role, parts in turns
         ]
     )
 
 
 class Replies:
-    """The folder of a batch: replies.jsonl, errors.jsonl and images/; locked by one process.
+    """The folder of a batch: replies.jsonl, errors.jsonl and pictures/; locked by one process.
     Raises `SettingError` for a folder with other content, or one that another process writes to."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.errors = folder, 0
-        self._path, self._failed = folder / "replies.jsonl", list[dict[str, Any]]()
+        self.folder = folder
+        self._path, self._errors = folder / "replies.jsonl", list[dict[str, Any]]()
 
     def __enter__(self) -> Replies:
         try:
@@ -196,24 +198,25 @@ class Replies:
     ) -> None:
         self._file.close()
 
-    def left(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs without a reply; an unfinished line of a killed run is removed. Raises
+    def remaining(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs without a reply. Removes an unfinished line of a killed run. Raises
         `SettingError` if the folder holds replies to other requests."""
         self._file.seek(0)
         data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]  # without an incomplete last line
-        done = dict(map(self._done, whole.splitlines()))
+        complete = data[: data.rfind(b"\n") + 1]  # without an incomplete last line
+        digests = dict(map(self._read_digest, complete.splitlines()))
         for job in jobs:
-            if done.get(str(job.id), job.digest) != job.digest:
+            if digests.get(str(job.id), job.digest) != job.digest:
                 raise SettingError(
                     f"{self.folder} holds the reply to another request of id {job.id!r}, or "
                     "to one with other options: choose a new folder with --out"
                 )
-        if len(whole) < len(data):
-            self._file.truncate(len(whole))
-        return [job for job in jobs if str(job.id) not in done]
+        if len(complete) < len(data):
+            self._file.truncate(len(complete))
+        return [job for job in jobs if str(job.id) not in digests]
 
-    def _done(self, line: bytes) -> tuple[str, str]:
+    def _read_digest(self, line: bytes) -> tuple[str, str]:
+        """The id and the digest of the job that a line of replies.jsonl answers."""
         try:
             reply = json.loads(line)
             return str(reply["id"]), str(reply["request"])
@@ -228,48 +231,52 @@ class Replies:
         for number, image in enumerate(reply.message.images, 1):
             name = f"pictures/{job.line:05}-{job.digest[:8]}-{number}.png"
             # An existing file of this name is from a run that was killed before it wrote the line.
-            write_whole(self.folder / name, png(image), overwrite=True)
+            write_whole(self.folder / name, png_writer(image), overwrite=True)
             names[id(image)] = name
         row = {"id": job.id, "request": job.digest, "output": job.output, "seed": seed}
         row |= reply_json(reply, lambda image: names[id(image)])
         try:
-            self._file.write(_line(row))
+            self._file.write(_to_json_line(row))
             self._file.flush()
         except OSError:
             raise SettingError(
                 f"{self._path} cannot be written: free the disk and run the same command again"
             ) from None
 
-    def fail(self, job: Job, error: EarlyFusionError) -> None:
-        self.errors += 1
-        self._failed.append({"id": job.id, "line": job.line, "error": str(error)})
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def add_error(self, job: Job, error: EarlyFusionError) -> None:
+        """Note a failed job for errors.jsonl."""
+        self._errors.append({"id": job.id, "line": job.line, "error": str(error)})
 
     def close(self) -> None:
-        """Write errors.jsonl anew, or delete an earlier run's."""
+        """Write errors.jsonl; without errors, delete that of an earlier run."""
         path = self.folder / "errors.jsonl"
-        if self._failed:
-            text = b"".join(map(_line, self._failed))
+        if self._errors:
+            text = b"".join(map(_to_json_line, self._errors))
             write_whole(path, lambda file: file.write(text), overwrite=True)
         else:
             path.unlink(missing_ok=True)
 
 
-def _line(data: dict[str, Any]) -> bytes:
-    # Half a character (a lone surrogate) has no bytes in UTF-8.
+def _to_json_line(data: dict[str, Any]) -> bytes:
+    # A lone surrogate has no bytes in UTF-8.
     return (json.dumps(data, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def answer_all(
     chameleon: Chameleon, jobs: Sequence[Job], replies: Replies, progress: Callable[[], object]
 ) -> None:
-    """Answer all jobs, as many at once as the engine runs; `progress` is called after each."""
+    """Answer all jobs, as many at a time as the engine runs; calls `progress` after each."""
     waiting = deque(jobs)
     running: list[tuple[Job, Handle]] = []
     try:
         while waiting or running:
             while waiting and len(running) < chameleon.engine.most_running:
                 _start(chameleon, waiting.popleft(), running, replies, progress)
-            # A request whose tokens are all forced finishes without any step.
+            # A request whose tokens are all determined by its constraints finishes without a step.
             if running and not any(handle.finished for _, handle in running):
                 chameleon.engine.step()
             for job, handle in [pair for pair in running if pair[1].finished]:
@@ -293,7 +300,7 @@ def _start(
         request = chameleon.request(job.messages, job.output, job.sampling)
         running.append((job, chameleon.engine.add(request)))
     except EarlyFusionError as error:
-        replies.fail(job, error)
+        replies.add_error(job, error)
         progress()
 
 
@@ -301,6 +308,6 @@ def _finish(chameleon: Chameleon, job: Job, handle: Handle, replies: Replies) ->
     try:
         reply = chameleon.collect(handle)
     except EarlyFusionError as error:
-        replies.fail(job, error)
+        replies.add_error(job, error)
     else:
         replies.add(job, reply, handle.request.sampling.seed)

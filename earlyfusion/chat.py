@@ -1,5 +1,5 @@
-"""A conversation on standard input: lines in, replies out. A mistake costs one line; if the input
-is a pipe, the chat then also ends with exit code 2, so that scripts notice."""
+"""A chat in the terminal: reads lines from standard input and prints replies. After a wrong line
+the chat continues; if the input is a pipe, its exit code is then 2, so that scripts notice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from earlyfusion.content import (
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
 from earlyfusion.files import next_number, unwritten_on_failure, write_next, write_whole
-from earlyfusion.terminal import Album, Screen, answer, png
+from earlyfusion.terminal import OutputFolder, Screen, answer, png_writer
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
@@ -33,22 +33,26 @@ _MAX_UNDO = 1000  # states that /undo can return to
 
 
 class Conversation:
-    """The turns so far, and the images that wait for the next turn."""
+    """The turns so far, and the images for the next turn."""
 
     def __init__(
-        self, chameleon: Chameleon, output: Output, sampling: SamplingParams, album: Album
+        self,
+        chameleon: Chameleon,
+        output: Output,
+        sampling: SamplingParams,
+        output_folder: OutputFolder,
     ) -> None:
         self._chameleon, self._output, self._sampling = chameleon, output, sampling
-        self._album, self._screen = album, Screen()
+        self._output_folder, self._screen = output_folder, Screen()
         self._at_terminal = sys.stdin.isatty()
         self._turns: list[Message] = []
         self._images: list[Image] = []
-        self._past: list[tuple[list[Message], list[Image]]] = []
-        self._notebook: Notebook | None = None
-        self._saved: list[Message] = []
+        self._undo_states: list[tuple[list[Message], list[Image]]] = []
+        self._saved_folder: ConversationFolder | None = None
+        self._saved_turns: list[Message] = []
         self._warned = self._failed = False
         self._commands = {
-            "/image": self._image,
+            "/image": self._add_image,
             "/undo": self._undo,
             "/reset": self._reset,
             "/save": self._save,
@@ -57,27 +61,27 @@ class Conversation:
 
     def resume(self, folder: Path) -> None:
         """Continue a conversation that /save wrote. Raises an `EarlyFusionError`."""
-        notebook = Notebook(folder, _codebook(self._chameleon))
-        turns = notebook.read()
+        saved_folder = ConversationFolder(folder, _codebook(self._chameleon))
+        turns = saved_folder.read()
         self._change(turns, [])
-        self._notebook, self._saved = notebook, turns
+        self._saved_folder, self._saved_turns = saved_folder, turns
         self._screen.line(f"{counted(len(turns) // 2, 'turn')} of {folder}")
 
     def run(self) -> int:
-        """Read lines until /quit or the end of the input; the exit code."""
+        """Read lines until /quit or the end of the input. Returns the exit code."""
         if self._at_terminal:
             self._screen.line(HELP)
         try:
             while (line := self._read()) is not None:
-                self._try(line)
+                self._handle(line)
         except KeyboardInterrupt:
             self._warn_of_unsaved()
             raise
         return 2 if self._failed else 0
 
-    def _try(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         try:
-            self._obey(line)
+            self._execute(line)
         except EarlyFusionError as error:
             self._screen.end()
             self._failed = not self._at_terminal
@@ -89,16 +93,16 @@ class Conversation:
             print("Stopped.", file=sys.stderr)
 
     def _read(self) -> str | None:
-        """The next line, or None at the end of the chat. Unsaved turns are reported first, so that
-        at a terminal the user can still save them."""
+        """The next line; None at the end of the chat. At the end, unsaved turns are reported, and
+        at a terminal one more line is read, so that the user can still save them."""
         while True:
-            line = self._line()
+            line = self._read_line()
             if line not in (None, "/quit"):
                 return line
             if self._warned or not self._warn_of_unsaved() or not self._at_terminal:
                 return None
 
-    def _line(self) -> str | None:
+    def _read_line(self) -> str | None:
         if not self._at_terminal:
             line = sys.stdin.readline()
             return line.strip() if line else None
@@ -116,11 +120,11 @@ class Conversation:
     @property
     def _unsaved(self) -> int:
         """The number of the user's turns that are not saved."""
-        saved = {id(turn) for turn in self._saved}
+        saved = {id(turn) for turn in self._saved_turns}
         return sum(turn.role == "user" and id(turn) not in saved for turn in self._turns)
 
     def _warn_of_unsaved(self) -> bool:
-        """Say, once, how many turns would be lost; whether there are any."""
+        """Print, once, how many turns are unsaved. Returns whether there are any."""
         if not self._unsaved:
             return False
         if not self._warned:
@@ -130,7 +134,7 @@ class Conversation:
         self._warned = True
         return True
 
-    def _obey(self, line: str) -> None:
+    def _execute(self, line: str) -> None:
         word, _, rest = line.partition(" ")
         self._warned = False
         if word in self._commands:
@@ -140,21 +144,21 @@ class Conversation:
         elif word.startswith("/"):
             raise SettingError(f"command {word!r} is unknown: {HELP}")
         elif line:
-            self._say(line)
+            self._send(line)
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         turns = [*self._turns, Message("user", fill_placeholders(text, self._images))]
         reply = answer(
-            self._chameleon, turns, self._output, self._sampling, self._album, self._screen
+            self._chameleon, turns, self._output, self._sampling, self._output_folder, self._screen
         )
         self._change([*turns, reply.message], [])
 
     def _change(self, turns: list[Message], images: list[Image]) -> None:
-        # Lists of turns are never changed in place, as earlier states share them.
-        self._past = [*self._past[1 - _MAX_UNDO :], (self._turns, self._images)]
+        # New lists, as earlier states hold the old ones.
+        self._undo_states = [*self._undo_states[1 - _MAX_UNDO :], (self._turns, self._images)]
         self._turns, self._images = turns, images
 
-    def _image(self, typed: str) -> None:
+    def _add_image(self, typed: str) -> None:
         if not typed:
             raise SettingError("/image needs a file: give one, as in /image cat.png")
         image = Image.open(typed_path(typed))
@@ -162,25 +166,25 @@ class Conversation:
         self._screen.show_image(image)
 
     def _undo(self, _: str) -> None:
-        if not self._past:
+        if not self._undo_states:
             raise SettingError("there is nothing to undo: nothing has been said yet")
-        self._turns, self._images = self._past.pop()
+        self._turns, self._images = self._undo_states.pop()
         waiting = f", {counted(len(self._images), 'image')} waiting" if self._images else ""
         self._screen.line(f"back at {counted(len(self._turns) // 2, 'turn')}{waiting}")
 
     def _reset(self, _: str) -> None:
-        lost = self._unsaved_notice()
+        notice = self._unsaved_notice()
         self._change([], [])
-        self._notebook = None
-        self._screen.line(f"The conversation starts anew{lost}.")
+        self._saved_folder = None
+        self._screen.line(f"The conversation starts anew{notice}.")
 
     def _load(self, typed: str) -> None:
         if not typed:
             raise SettingError("/load needs a folder: give one that /save wrote")
-        lost = self._unsaved_notice()
+        notice = self._unsaved_notice()
         self.resume(typed_path(typed))
-        if lost:
-            self._screen.line(lost.removeprefix("; "))
+        if notice:
+            self._screen.line(notice.removeprefix("; "))
 
     def _unsaved_notice(self) -> str:
         unsaved = counted(self._unsaved, "turn")
@@ -189,63 +193,63 @@ class Conversation:
     def _save(self, typed: str) -> None:
         """Write conversation.json and its images to a folder."""
         folder = typed_path(typed) if typed else self._default_folder()
-        notebook = self._notebook
-        if notebook is None or notebook.folder.absolute() != folder.absolute():
-            notebook = Notebook(folder, _codebook(self._chameleon))
-        notebook.write(self._turns)
-        self._notebook, self._saved = notebook, self._turns
+        saved_folder = self._saved_folder
+        if saved_folder is None or saved_folder.path.absolute() != folder.absolute():
+            saved_folder = ConversationFolder(folder, _codebook(self._chameleon))
+        saved_folder.write(self._turns)
+        self._saved_folder, self._saved_turns = saved_folder, self._turns
         self._screen.line(f"saved in {folder}")
 
     def _default_folder(self) -> Path:
         """The folder that this conversation was last saved to, or a new one."""
-        if self._notebook is not None:
-            return self._notebook.folder
+        if self._saved_folder is not None:
+            return self._saved_folder.path
         if not os.path.lexists("conversation"):
             return Path("conversation")
         return Path(f"conversation-{max(2, next_number(Path(), 'conversation', ''))}")
 
 
-class Notebook:
+class ConversationFolder:
     """A folder with one conversation: conversation.json, and its images. Generated images are saved
-    with their codes, so that the conversation continues as if it had not been left. `codebook`
+    with their codes, so that they are not encoded again, which would change them. `codebook`
     identifies the image tokenizer's codewords: codes for another one are ignored."""
 
-    def __init__(self, folder: Path, codebook: str) -> None:
-        self.folder, self._codebook = folder, codebook
-        self._text: str | None = None
-        self._names: list[tuple[Image, str]] = []
+    def __init__(self, path: Path, codebook: str) -> None:
+        self.path, self._codebook = path, codebook
+        self._text: str | None = None  # of conversation.json, as last read or written
+        self._image_names: list[tuple[Image, str]] = []
 
     def read(self) -> list[Message]:
-        """The turns of the folder. Raises an `EarlyFusionError`."""
-        text = _text_of(self._path)
+        """The turns in the folder. Raises an `EarlyFusionError`."""
+        text = _read_text(self._json_path)
         try:
             data = json.loads(text or "")
             turns, codebook = data["messages"], data.get("codebook")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise PromptError(
-                f"{self.folder} holds no conversation.json that /save wrote: give its folder"
+                f"{self.path} holds no conversation.json that /save wrote: give its folder"
             ) from None
         if codebook != self._codebook:
-            _without_codes(turns)
-        messages = [Message(*turn) for turn in read_turns(turns, self.folder)]  # type: ignore[arg-type]
+            _remove_codes(turns)
+        messages = [Message(*turn) for turn in read_turns(turns, self.path)]  # type: ignore[arg-type]
         if [turn.role for turn in messages] != ["user", "assistant"] * (len(messages) // 2):
             raise PromptError(
-                f"the turns of {self._path} are out of order: user and assistant alternate, "
+                f"the turns of {self._json_path} are out of order: user and assistant alternate, "
                 "the assistant's is the last"
             )
         self._text = text
         for turn, message in zip(turns, messages, strict=True):
             names = [p["image"] for p in turn["content"] if not isinstance(p, str) and "image" in p]
-            self._names += zip(message.images, names, strict=True)
+            self._image_names += zip(message.images, names, strict=True)
         return messages
 
     def write(self, turns: list[Message]) -> None:
-        """Write the turns, whole or not at all. Only replaces a file that this object has read or
-        written, and that nobody has changed since. Raises `SettingError`."""
-        unchanged = self._text is not None and _text_of(self._path) == self._text
+        """Write the turns, whole or not at all. Replaces conversation.json only if this object has
+        read or written it and it is unchanged since. Raises `SettingError`."""
+        unchanged = self._text is not None and _read_text(self._json_path) == self._text
         if not unchanged:
-            self._check_free()
-        names = list(self._names)
+            self._check_empty()
+        names = list(self._image_names)
         with unwritten_on_failure() as written:
             messages = [
                 {"role": t.role, "content": [self._part(p, names, written) for p in t.parts]}
@@ -253,33 +257,37 @@ class Notebook:
             ]
             data = {"codebook": self._codebook, "messages": messages}
             text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
-            write_whole(self._path, lambda file: file.write(text.encode()), overwrite=unchanged)
-        self._text, self._names = text, names
+            write_whole(
+                self._json_path, lambda file: file.write(text.encode()), overwrite=unchanged
+            )
+        self._text, self._image_names = text, names
 
     @property
-    def _path(self) -> Path:
-        return self.folder / "conversation.json"
+    def _json_path(self) -> Path:
+        return self.path / "conversation.json"
 
-    def _check_free(self) -> None:
+    def _check_empty(self) -> None:
         try:
-            free = not os.path.lexists(self.folder) or not any(self.folder.iterdir())
+            empty = not os.path.lexists(self.path) or not any(self.path.iterdir())
         except OSError:
-            free = False
-        if not free:
+            empty = False
+        if not empty:
             raise SettingError(
-                f"{self.folder} exists and holds other things, or was changed since: "
+                f"{self.path} exists and holds other things, or was changed since: "
                 "give /save the name of a new folder"
             )
 
     def _part(
         self, part: Segment, names: list[tuple[Image, str]], written: list[Path]
     ) -> dict[str, Any]:
+        """A part as JSON. Writes an image that has no file yet, and adds it to `names` and
+        `written`."""
         if isinstance(part, Text):
             return {"type": "text", "text": part.text}
         name = next((name for image, name in names if image is part), None)
         if name is None:
-            first = next_number(self.folder, "image", ".png")
-            written.append(write_next(self.folder, "image", ".png", png(part), first))
+            first = next_number(self.path, "image", ".png")
+            written.append(write_next(self.path, "image", ".png", png_writer(part), first))
             name = written[-1].name
             names.append((part, name))
         codes = {} if part.codes is None else {"codes": part.codes.tolist()}
@@ -287,25 +295,28 @@ class Notebook:
 
 
 def typed_path(typed: str) -> Path:
-    """The path of a typed or pasted text: quoted, escaped with backslashes, or with ~."""
-    plain = os.path.expanduser(typed)
-    if os.path.lexists(plain):
-        return Path(plain)
+    """The path in a typed or pasted text, which may be quoted, escaped with backslashes, or have
+    ~."""
+    unquoted = os.path.expanduser(typed)
+    if os.path.lexists(unquoted):
+        return Path(unquoted)
     try:
         words = shlex.split(typed)
-    except ValueError:  # a lone quote is part of the name
-        return Path(plain)
-    return Path(os.path.expanduser(words[0]) if len(words) == 1 else plain)
+    except ValueError:  # a single quote is part of the name
+        return Path(unquoted)
+    return Path(os.path.expanduser(words[0]) if len(words) == 1 else unquoted)
 
 
-def _text_of(path: Path) -> str | None:
+def _read_text(path: Path) -> str | None:
+    """The text of a file; None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
 
 
-def _without_codes(turns: Any) -> None:
+def _remove_codes(turns: Any) -> None:
+    """Remove the codes of all images from turns in JSON."""
     for turn in turns if isinstance(turns, list) else ():
         content = turn.get("content") if isinstance(turn, dict) else None
         for part in content if isinstance(content, list) else ():
@@ -317,6 +328,6 @@ def _codebook(chameleon: Chameleon) -> str:
     """An identifier of the codewords, the same for float32 and bfloat16 copies."""
     import torch
 
-    words = chameleon.image_tokenizer.vqgan.codewords.detach()
-    data = words.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    codewords = chameleon.image_tokenizer.vqgan.codewords.detach()
+    data = codewords.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
     return blake2b(data, digest_size=8).hexdigest()

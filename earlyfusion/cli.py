@@ -1,6 +1,6 @@
-"""The command line: each command turns its options into calls of the public API. Only Typer is
-imported here. Commands import torch, Rich and the model once their options are known to be valid,
-so `--help`, completion and mistakes are answered at once."""
+"""The command line: each command turns its options into calls of the public API. Typer is the only
+large library that is imported here. Commands import torch, Rich and the model after their options
+have been checked, so that `--help`, completion and wrong options are answered at once."""
 
 from __future__ import annotations
 
@@ -49,29 +49,13 @@ Layout = Literal["hf", "meta"]
 Shape = Literal["tiny", "mini", "110m", "1b", "7b"]
 
 _INTERRUPTED = 130
-_READER_GONE = 141  # as a shell shows SIGPIPE
+_BROKEN_PIPE = 141  # as a shell shows SIGPIPE
 _MAX_PROMPT_BYTES = 10_000_000
 _DEMO_IMAGE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "strawberry.png"
 _DEMO_QUESTION = "What is this?"
 _DEMO_QUESTION_KO = "이게 뭐야?"
 _DEMO_IMAGE_PROMPT = "Draw a red apple."
 _DEMO_LIST = "Show me three different fruits. Write each name before its picture."
-
-
-def _starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
-    return [word for word in words if word.startswith(incomplete)]
-
-
-def _complete_models(incomplete: str) -> list[str]:
-    """mini, and the folders that the typed path could continue with."""
-    start = Path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete))
-    try:
-        folders = [f"{path}/" for path in sorted(expanded(start).iterdir()) if path.is_dir()]
-    except OSError:
-        folders = []
-    return _starting_with(incomplete, ["mini", *folders])
-
-
 _GALLERY = Path("gallery.png")
 _GALLERY_PROMPTS = (
     "Draw a cat.",
@@ -81,8 +65,22 @@ _GALLERY_PROMPTS = (
     "Draw a rainbow.",
     "해바라기를 그려 줘.",
 )
-_MOST_SEEDS = 64
+_MAX_SEEDS = 64
 _DEVICE_EXAMPLES = (*DEVICES, "cuda:0", "cuda:1")
+
+
+def _starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def _complete_models(incomplete: str) -> list[str]:
+    """mini, and the folders that complete the typed path."""
+    start = Path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete))
+    try:
+        folders = [f"{path}/" for path in sorted(expanded(start).iterdir()) if path.is_dir()]
+    except OSError:
+        folders = []
+    return _starting_with(incomplete, ["mini", *folders])
 
 
 def _complete_devices(incomplete: str) -> list[str]:
@@ -105,11 +103,11 @@ def _complete_recipes(incomplete: str) -> list[str]:
 
 
 def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Fields of the recipe on the command line; after = the possible values of a field."""
+    """The fields of the recipe on the command line; after =, the possible values of a field."""
     from earlyfusion.recipes.run import fields_of
 
     known, before = fields_of(ctx.params["recipe"]), ctx.params.get("fields") or []
-    # bash, unlike other shells, splits words at =; a lone = arrives as an empty word.
+    # bash, unlike other shells, splits words at "=", and passes a lone "=" as an empty word.
     if not incomplete and before[-1:] and before[-1] in known:
         return list(_values_of(before[-1], known))
     if before[-1:] == ["="]:
@@ -213,8 +211,8 @@ class Loading:
     cache_bytes: CacheBytes = None
 
     @property
-    def named(self) -> str:
-        """The model, and those of the options that change its replies."""
+    def description(self) -> str:
+        """The model, with the options that change its replies."""
         dtype = None if self.dtype == "auto" else self.dtype
         options = {"dtype": dtype, "fit": self.fit}
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
@@ -236,8 +234,8 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a user's mistake, 130 if the user stopped
-    it, 141 if the reader of its output has gone."""
+    """Run one command. Returns its exit code: 0, or 2 for a user's mistake, 130 if the user stopped
+    it, 141 if whatever read its output has ended (a broken pipe)."""
     _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -249,9 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = app(arguments, prog_name="earlyfusion", standalone_mode=False)
         sys.stdout.flush()
     except EarlyFusionError as error:
-        return _mistake(str(error))
+        return _print_error(str(error))
     except typer.TyperException as error:
-        return _misuse(error)
+        return _print_usage_error(error)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except (BrokenPipeError, SystemExit) as end:
@@ -259,24 +257,25 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(end, SystemExit) and end.code != 1:
             return int(end.code or 0)
         _discard_output()
-        return _READER_GONE
+        return _BROKEN_PIPE
     except OSError as error:
         if not is_full_disk(error):
             raise
         _discard_output()
-        return _mistake("the output cannot be written, as the disk is full: make room")
+        return _print_error("the output cannot be written, as the disk is full: make room")
     return code if isinstance(code, int) else 0
 
 
 def _replace_closed_streams() -> None:
-    """A stream that was closed before the start (`<&-`) is None in Python: it becomes empty."""
+    """Replace standard streams that were closed before the start (`<&-`), which are None in Python,
+    by the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _discard_output() -> None:
-    # Python flushes stdout once more when it exits: that must not fail again.
+    # Python flushes stdout when it exits, which must not fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -328,24 +327,24 @@ def generate(
     (--fit).
     """
     from earlyfusion.content import as_messages, fill_placeholders
-    from earlyfusion.terminal import Album, Screen, answer, reply_json
+    from earlyfusion.terminal import OutputFolder, Screen, answer, reply_json
 
     images = image or []
     if "" in images:
         raise SettingError("--image is empty: give an image file, or leave the option out")
     _check_pipe([prompt or "", *images])
-    words = _prompt(prompt, prompt_file)
-    messages = as_messages(fill_placeholders(words, [_image(name) for name in images]))
+    text = _prompt(prompt, prompt_file)
+    messages = as_messages(fill_placeholders(text, [_image(name) for name in images]))
     params = _seeded(sampling)
-    album = Album(out)
+    output_folder = OutputFolder(out)
     if output != "text":
-        album.check()
+        output_folder.check()
     chameleon, screen = _load(**asdict(loading), quiet=as_json), Screen(as_json)
-    reply = answer(chameleon, messages, output, params, album, screen)
+    reply = answer(chameleon, messages, output, params, output_folder, screen)
     if as_json:
         settings = asdict(params.resolved(chameleon.defaults))
         used = {"seed": settings.pop("seed"), "model": loading.model, "output": output}
-        _print_json(reply_json(reply, album.path_of) | used | {"settings": settings})
+        _print_json(reply_json(reply, output_folder.path_of) | used | {"settings": settings})
 
 
 @app.command(
@@ -367,13 +366,13 @@ def chat(
 ) -> int:
     """Chat with the model in the terminal. Commands: /image /undo /reset /save /load /quit."""
     from earlyfusion.chat import Conversation
-    from earlyfusion.terminal import Album
+    from earlyfusion.terminal import OutputFolder
 
     params = _seeded(sampling)
-    album = Album(out)
+    output_folder = OutputFolder(out)
     if output != "text":
-        album.check()
-    conversation = Conversation(_load(**asdict(loading)), output, params, album)
+        output_folder.check()
+    conversation = Conversation(_load(**asdict(loading)), output, params, output_folder)
     if resume is not None:
         conversation.resume(resume)
     return conversation.run()
@@ -403,22 +402,24 @@ def batch(
     from earlyfusion.batch import Replies, answer_all, read_jobs
     from earlyfusion.terminal import progress_bar
 
-    jobs = read_jobs(requests, output, sampling, loading.named)
+    jobs = read_jobs(requests, output, sampling, loading.description)
     with Replies(out) as replies:
-        left = replies.left(jobs)
+        remaining = replies.remaining(jobs)
         try:
             chameleon = _load(**asdict(loading), quiet=as_json)
             with progress_bar(as_json) as bar:
-                task = bar.add_task("answering", total=len(jobs), completed=len(jobs) - len(left))
-                answer_all(chameleon, left, replies, lambda: bar.advance(task))
+                done = len(jobs) - len(remaining)
+                task = bar.add_task("answering", total=len(jobs), completed=done)
+                answer_all(chameleon, remaining, replies, lambda: bar.advance(task))
         except KeyboardInterrupt:
             print("Stopped: run the same command again to continue.", file=sys.stderr)
             raise
-    return _report_batch(out, len(jobs), len(left), replies.errors, as_json)
+    return _report_batch(out, len(jobs), len(remaining), replies.num_errors, as_json)
 
 
 def _report_batch(out: Path, jobs: int, new: int, failed: int, as_json: bool) -> int:
-    """Print the results of a batch, and return its exit code."""
+    """Print the numbers of a batch: of all its jobs, those of this run, and those that failed.
+    Returns its exit code."""
     from earlyfusion.content import counted
 
     if as_json:
@@ -441,10 +442,10 @@ def demo(
 ) -> None:
     """A short tour with the embedded model: it names an image, generates one, and mixes both."""
     from earlyfusion.content import Image, fill_placeholders
-    from earlyfusion.terminal import Album, Screen, answer, reply_json
+    from earlyfusion.terminal import OutputFolder, Screen, answer, reply_json
 
-    album = Album(out)
-    album.check()
+    output_folder = OutputFolder(out)
+    output_folder.check()
     image, params = Image.open(_DEMO_IMAGE), _seeded({"seed": seed})
     chameleon, screen = _load("mini", device, as_json), Screen(as_json)
     tour: list[tuple[str, Prompt, Output]] = [
@@ -455,10 +456,10 @@ def demo(
     ]
     steps = []
     screen.show_image(image)
-    for words, prompt, output in tour:
-        screen.line(f"\n> {words}")
-        reply = answer(chameleon, prompt, output, params, album, screen)
-        steps.append({"prompt": words} | reply_json(reply, album.path_of))
+    for text, prompt, output in tour:
+        screen.line(f"\n> {text}")
+        reply = answer(chameleon, prompt, output, params, output_folder, screen)
+        steps.append({"prompt": text} | reply_json(reply, output_folder.path_of))
     screen.line(f"\nThe images are in {out}. Next: earlyfusion chat")
     if as_json:
         _print_json({"steps": steps, "seed": params.seed, "out": str(out)})
@@ -487,28 +488,28 @@ def gallery(
 ) -> None:
     """Generate images of several prompts with the first seeds, unselected, on one sheet."""
     from earlyfusion.files import check_writable, taken, write_whole
-    from earlyfusion.terminal import Screen, sheet, sheet_file
+    from earlyfusion.terminal import Screen, grid_writer, image_grid
 
-    requests, first = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
-    if not 1 <= count <= _MOST_SEEDS:
-        raise SettingError(f"--count {count} is not possible: give 1 to {_MOST_SEEDS}")
-    write = sheet_file(out)
+    texts, first = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
+    if not 1 <= count <= _MAX_SEEDS:
+        raise SettingError(f"--count {count} is not possible: give 1 to {_MAX_SEEDS}")
+    write = grid_writer(out)
     if os.path.lexists(out) and not overwrite:
         raise taken(out)
     check_writable(out.parent)
     seeds = list(range(first, first + count))
     chameleon, screen = _load(**asdict(loading), quiet=as_json), Screen(as_json)
     rows = []
-    for words in requests:
-        several = [SamplingParams(seed=number) for number in seeds]
-        replies = chameleon.generate_batch([words] * count, output="image", sampling=several)
+    for text in texts:
+        sampling = [SamplingParams(seed=number) for number in seeds]
+        replies = chameleon.generate_batch([text] * count, output="image", sampling=sampling)
         rows.append([reply.images[0] for reply in replies])
-        screen.line(f"\n> {words}")
-        screen.strip(sheet(rows[-1:]))
-    write_whole(out, write(sheet(rows)), overwrite)
+        screen.line(f"\n> {text}")
+        screen.show_wide_image(image_grid(rows[-1:]))
+    write_whole(out, write(image_grid(rows)), overwrite)
     screen.line(f"\n{out}: seeds {seeds[0]} to {seeds[-1]} from left to right")
     if as_json:
-        _print_json({"path": str(out), "prompts": requests, "seeds": seeds, "model": loading.model})
+        _print_json({"path": str(out), "prompts": texts, "seeds": seeds, "model": loading.model})
 
 
 @app.command(
@@ -541,9 +542,9 @@ def encode(
     if os.path.lexists(out) and not overwrite:
         raise taken(out)
     _check_pipe(images)
-    opened = [_image(name) for name in images]
+    opened_images = [_image(name) for name in images]
     check_writable(out.parent)
-    codes = _load(model, device, as_json, fit=fit).image_tokenizer.encode(opened, mode)
+    codes = _load(model, device, as_json, fit=fit).image_tokenizer.encode(opened_images, mode)
     save_codes(out, codes.cpu().numpy(), overwrite)
     if as_json:
         _print_json({"path": str(out), "shape": list(codes.shape), "images": images})
@@ -561,14 +562,14 @@ def decode(
 ) -> None:
     """Decode a file of codes to images."""
     from earlyfusion.checkpoints.codes import load_codes
-    from earlyfusion.terminal import Album, Screen, decoded
+    from earlyfusion.terminal import OutputFolder, Screen, decode_images
 
-    album, codes_nhw = Album(out), load_codes(codes)
-    album.check()
+    output_folder, codes_nhw = OutputFolder(out), load_codes(codes)
+    output_folder.check()
     chameleon, screen = _load(model, device, as_json), Screen(as_json)
     paths = []
-    for image in decoded(chameleon, codes_nhw):
-        paths.append(album.save(image))
+    for image in decode_images(chameleon, codes_nhw):
+        paths.append(output_folder.save(image))
         screen.show_image(image, paths[-1])
     if as_json:
         _print_json({"images": [str(path) for path in paths]})
@@ -619,13 +620,13 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a model in another layout, in another number of files, or with a VQ-GAN added."""
-    from earlyfusion.terminal import busy, progress_of
+    from earlyfusion.terminal import show_progress, spinner
 
     name = None if dtype is None else dtype_name("dtype", dtype, FLOAT_DTYPES)
-    with busy(f"opening {source}", as_json):
+    with spinner(f"opening {source}", as_json):
         from earlyfusion.checkpoints.convert import convert as write
 
-    with progress_of("converting", as_json) as progress:
+    with show_progress("converting", as_json) as progress:
         wanted = None if name is None else torch_dtype(name)
         write(source, target, to, dtype=wanted, progress=progress, **asdict(conversion))
     sizes = {str(p.relative_to(target)): p.stat().st_size for p in sorted(target.rglob("*.*"))}
@@ -642,9 +643,9 @@ class _Train(TyperCommand):
         if {"-h", "--help"} & set(args) and not ctx.resilient_parsing:
             from earlyfusion.recipes.run import RECIPES, described, summary
 
-            named = [arg for arg in args if not arg.startswith("-") and "=" not in arg]
-            if named:
-                print(described(named[0]))
+            recipes = [arg for arg in args if not arg.startswith("-") and "=" not in arg]
+            if recipes:
+                print(described(recipes[0]))
                 ctx.exit()
             listed = [f"{name}: {summary(name)}" for name in RECIPES]
             fields = "earlyfusion train RECIPE --help lists the fields of a recipe."
@@ -710,10 +711,10 @@ def tokenize(
     An interrupted run continues if started again.
     """
     from earlyfusion.files import check_writable
-    from earlyfusion.terminal import busy, progress_of
+    from earlyfusion.terminal import show_progress, spinner
 
     check_writable(out)
-    with busy(f"opening {' '.join(sources)}", as_json):
+    with spinner(f"opening {' '.join(sources)}", as_json):
         from earlyfusion.checkpoints.detect import locate
         from earlyfusion.data.encoding import EncodingSettings
         from earlyfusion.data.rows import RowSettings
@@ -729,7 +730,7 @@ def tokenize(
             rows=RowSettings(**rows),
             encoding=EncodingSettings(**encoding),
         )
-    with progress_of("tokenizing", as_json) as progress:
+    with show_progress("tokenizing", as_json) as progress:
         made = write(job, workers, ray, progress=progress)
     if as_json:
         return _print_json(asdict(made) | {"path": str(out), "model": model})
@@ -748,9 +749,9 @@ def info(
 ) -> None:
     """Show a model's shape and memory use, and check that its files are complete."""
     from earlyfusion.checkpoints.summary import summarize
-    from earlyfusion.terminal import busy
+    from earlyfusion.terminal import spinner
 
-    with busy(f"reading {model}", as_json):
+    with spinner(f"reading {model}", as_json):
         summary = asdict(summarize(model, verify))
     summary["default_cache"] = _default_cache(summary)
     if as_json:
@@ -785,14 +786,14 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure start-up, memory, tokens and images on this machine, and compare with its limits."""
-    from earlyfusion.terminal import busy
+    from earlyfusion.terminal import spinner
 
-    with busy("starting", as_json) as say:
-        since = perf_counter()
+    with spinner("starting", as_json) as set_text:
+        start = perf_counter()
         from earlyfusion.bench.speed import bench as measure
 
-        imports = perf_counter() - since
-        report = measure(model, shape, device, dtype, threads, rounds, imports, say)
+        import_seconds = perf_counter() - start
+        report = measure(model, shape, device, dtype, threads, rounds, import_seconds, set_text)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -930,7 +931,7 @@ def serve(
         LoadPlan(model, device, dtype, verify, cache_bytes, fit, adapters, number, replicas)
         for number in range(replicas)
     ]
-    _serve_apart(plans, options, ray)
+    _serve_in_processes(plans, options, ray)
 
 
 def _starter(ray: bool, replicas: int) -> Callable[[LoadPlan], Child]:
@@ -944,19 +945,20 @@ def _starter(ray: bool, replicas: int) -> Callable[[LoadPlan], Child]:
     return start
 
 
-def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) -> None:
-    """Serve a model that is loaded in separate processes, one for each plan."""
-    from earlyfusion.terminal import busy
+def _serve_in_processes(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) -> None:
+    """Serve a model with an engine in a process of its own for each plan."""
+    from earlyfusion.terminal import spinner
 
     start = _starter(ray, len(plans))
     children: list[Child] = []
     remotes: list[RemoteEngine] = []
-    before = _on_sigterm(_stop)  # until the server runs, which first finishes what it has begun
+    # Only until the server runs: it finishes running requests first.
+    previous_handler = _on_sigterm(_stop)
     try:
         with signals_wait():
             children += [start(plan) for plan in plans]
-        with busy(f"loading {plans[0].name}"):
-            # Import what this process needs while its children load the model.
+        with spinner(f"loading {plans[0].name}"):
+            # Imported while the children load the model.
             from earlyfusion.serve.process import RemoteEngine
             from earlyfusion.serve.run import serve as run
 
@@ -964,7 +966,7 @@ def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) ->
                 remotes.append(RemoteEngine(partial(start, plan), options.step_timeout, child))
         run(remotes[0].info.model, options, remote=remotes if len(remotes) > 1 else remotes[0])
     finally:
-        _on_sigterm(before)
+        _on_sigterm(previous_handler)
         for remote in remotes:
             remote.close()
         for process, _ in children[len(remotes) :]:
@@ -972,9 +974,10 @@ def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) ->
 
 
 def _on_sigterm(handler: Any) -> Any:
-    """Sets the handler, and returns the one before; only the main thread can have one."""
-    main = threading.current_thread() is threading.main_thread()
-    return signal.signal(signal.SIGTERM, handler) if main else None
+    """Set the handler of SIGTERM. Returns the previous one; in other threads than the main one,
+    which cannot have a handler, does nothing and returns None."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGTERM, handler) if is_main else None
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -991,12 +994,12 @@ def _load(
     verify: bool = True,
     cache_bytes: int | None = None,
 ) -> Chameleon:
-    from earlyfusion.terminal import busy
+    from earlyfusion.terminal import spinner
 
     # Under torchrun several processes share one model; only the first prints.
     shared = "TORCHELASTIC_RUN_ID" in os.environ
     processes = int(os.environ["WORLD_SIZE"]) if shared else 1
-    with busy(f"loading {model}", quiet or (shared and os.environ["RANK"] != "0")):
+    with spinner(f"loading {model}", quiet or (shared and os.environ["RANK"] != "0")):
         from earlyfusion.api import Chameleon
 
         chameleon = Chameleon.load(
@@ -1013,7 +1016,7 @@ def _load(
 
 
 def _default_cache(summary: dict[str, Any]) -> dict[str, int]:
-    """What the engine's cache would hold on this machine, by dtype of keys and values."""
+    """The capacity of the engine's cache on this machine, by dtype of keys and values."""
     from earlyfusion.devices import resolve_device
     from earlyfusion.engine.cache import cache_size
 
@@ -1032,13 +1035,13 @@ def _check_pipe(names: list[str]) -> None:
         raise SettingError("only one of the prompt and the images can be -: there is one pipe")
 
 
-def _prompt(words: str | None, file: Path | None) -> str:
-    """The prompt, from an argument, a file or a pipe."""
-    if words is not None and file is not None:
+def _prompt(argument: str | None, file: Path | None) -> str:
+    """The prompt, from an argument, a file or a pipe. Raises `PromptError`."""
+    if argument is not None and file is not None:
         raise PromptError(f"a prompt and --prompt-file {file} are given: leave one out")
-    if words is not None and words != "-":
-        return words
-    if words is None and file is None:
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and file is None:
         raise PromptError(
             "the prompt is missing: give a text, - for a pipe, or --prompt-file; "
             "see 'earlyfusion generate --help'"
@@ -1070,16 +1073,16 @@ def _seeded(sampling: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**sampling | {"seed": secrets.randbits(31) if seed is None else seed})
 
 
-def _mistake(sentence: str) -> int:
+def _print_error(sentence: str) -> int:
     print(f"Error: {shortened(' '.join(sentence.split()))}", file=sys.stderr)
     return 2
 
 
-def _misuse(error: typer.TyperException) -> int:
+def _print_usage_error(error: typer.TyperException) -> int:
     """Print Typer's message as one sentence; it is empty if Typer has shown the help instead."""
     command = getattr(getattr(error, "ctx", None), "command_path", "earlyfusion")
     message = error.format_message().rstrip(".?").replace(". ", "; ")
-    return _mistake(f"{message}; see '{command} --help'") if message else 2
+    return _print_error(f"{message}; see '{command} --help'") if message else 2
 
 
 def _print_json(data: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Replies on a terminal: text as it comes, images as files and as half-block characters.
-Half-blocks and progress bars are for people: on a terminal, and not with `--json`. Half-blocks also
-need colours (so not with NO_COLOR or TERM=dumb) and an encoding that has the character."""
+"""Replies on a terminal: text as it is generated, images as files and as half-block characters.
+Half-blocks and progress bars are only shown on a terminal, and not with `--json`. Half-blocks also
+need colours (not with NO_COLOR or TERM=dumb) and an encoding that has the character."""
 
 from __future__ import annotations
 
@@ -28,38 +28,39 @@ if TYPE_CHECKING:
     from earlyfusion.generation.settings import Output, SamplingParams
 
 _MAX_COLUMNS = 40  # of an image in half-blocks
-_DECODED_TOGETHER = 64  # codes of a file
-_GAP = 4  # pixels between the images of a sheet
+_DECODE_BATCH = 64  # images decoded together
+_GAP = 4  # pixels between the images of a grid
 _FORMATS = {".png": "PNG", ".webp": "WEBP"}
 # With escape sequences a model could move the cursor, set colours or change the title.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-class Album:
-    """The folder of generated images: image-N.png, each with the next free number."""
+class OutputFolder:
+    """The folder that generated images are written to: image-N.png, with the next free number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._paths: dict[int, Path] = {}
 
     def check(self) -> None:
-        """Raise `SettingError` now if no image could be written later; creates nothing."""
+        """Raise `SettingError` if images cannot be written there. Creates nothing."""
         check_writable(self.folder)
 
     def save(self, image: Image) -> Path:
-        """Write an image under a new name; the same pixels give the same bytes."""
+        """Write an image to a new file, and return its path. The same pixels give the same
+        bytes."""
         first = next_number(self.folder, "image", ".png")
-        path = write_next(self.folder, "image", ".png", png(image), first)
+        path = write_next(self.folder, "image", ".png", png_writer(image), first)
         self._paths[id(image)] = path
         return path
 
     def path_of(self, image: Image) -> Path:
-        """The path of an image that was saved, and is still in memory: others may take its id."""
+        """The path of a saved image, which must still be in memory: its `id` identifies it."""
         return self._paths[id(image)]
 
 
-def png(image: Image) -> Write:
-    """A function that writes an image to a file."""
+def png_writer(image: Image) -> Write:
+    """A function that writes the image as PNG to a file."""
     pil = image.pil
     assert pil is not None
     return lambda file: pil.save(file, format="PNG")
@@ -70,10 +71,10 @@ def answer(
     prompt: Prompt,
     output: Output,
     sampling: SamplingParams,
-    album: Album,
+    output_folder: OutputFolder,
     screen: Screen,
 ) -> Reply:
-    """Generate a reply, show it as it comes, and save its images."""
+    """Generate a reply, show it while it is generated, and save its images."""
     from earlyfusion.generation.request import Event, ImageProgress, TextDelta
 
     def watch(event: Event, image: Image | None) -> None:
@@ -82,7 +83,7 @@ def answer(
         elif isinstance(event, ImageProgress):
             screen.image_progress(event.codes_done, event.codes_total)
         elif image is not None:
-            screen.show_image(image, album.save(image))
+            screen.show_image(image, output_folder.save(image))
 
     reply = chameleon.collect(chameleon.stream(prompt, output, sampling), watch)
     screen.end()
@@ -113,41 +114,39 @@ def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str
     }
 
 
-def sheet(rows: Sequence[Sequence[PIL.Image.Image]]) -> PIL.Image.Image:
+def image_grid(rows: Sequence[Sequence[PIL.Image.Image]]) -> PIL.Image.Image:
     """Rows of images of one size as one image, on white."""
     width, height = rows[0][0].size
-    across, down = width + _GAP, height + _GAP
-    size = (across * max(map(len, rows)) + _GAP, down * len(rows) + _GAP)
-    made = PIL.Image.new("RGB", size, "white")
+    step_x, step_y = width + _GAP, height + _GAP
+    size = (step_x * max(map(len, rows)) + _GAP, step_y * len(rows) + _GAP)
+    grid = PIL.Image.new("RGB", size, "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            made.paste(image, (_GAP + x * across, _GAP + y * down))
-    return made
+            grid.paste(image, (_GAP + x * step_x, _GAP + y * step_y))
+    return grid
 
 
-def sheet_file(path: Path) -> Callable[[PIL.Image.Image], Write]:
-    """A function from an image to what writes it to a file of that name.
-
-    Raises `SettingError` for a name of another format.
-    """
+def grid_writer(path: Path) -> Callable[[PIL.Image.Image], Write]:
+    """A function that makes a writer of an image, in the format of the file name `path`. Raises
+    `SettingError` for a format other than PNG and WEBP."""
     if path.suffix.lower() not in _FORMATS:
         raise SettingError(f"{path} is not an image file: end its name in {' or '.join(_FORMATS)}")
     name = _FORMATS[path.suffix.lower()]
-    return lambda made: lambda file: made.save(file, format=name)
+    return lambda grid: lambda file: grid.save(file, format=name)
 
 
-def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> Iterator[Image]:
-    """The images of any number of codes, a few in memory at a time."""
+def decode_images(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> Iterator[Image]:
+    """The images of codes [n, h, w], of which only a few are in memory at a time."""
     import torch
 
-    for at in range(0, len(codes_nhw), _DECODED_TOGETHER):
-        some = codes_nhw[at : at + _DECODED_TOGETHER]
-        pils = chameleon.image_tokenizer.decode(torch.from_numpy(some))
-        yield from map(Image, pils, some)
+    for start in range(0, len(codes_nhw), _DECODE_BATCH):
+        batch = codes_nhw[start : start + _DECODE_BATCH]
+        pils = chameleon.image_tokenizer.decode(torch.from_numpy(batch))
+        yield from map(Image, pils, batch)
 
 
 class Screen:
-    """Shows replies one after the other; a `quiet` screen shows nothing."""
+    """Shows replies on standard output; a `quiet` screen shows nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -156,19 +155,19 @@ class Screen:
         self._progress: Progress | None = None
 
     def line(self, text: str = "") -> None:
-        """Text of the program itself, on a new line."""
+        """Show a line of the program itself."""
         self._close_line()
         self._write(text + "\n")
 
     def text(self, delta: str) -> None:
-        """More text of the model, without control characters."""
+        """Show more text of the model, without control characters."""
         shown = delta.translate(_CONTROLS)
         if not self._line_open:
             shown = shown.lstrip()
         self._write(shown)
 
     def image_progress(self, done: int, total: int) -> None:
-        """The progress of an image, in codes."""
+        """Show the progress of an image, in codes."""
         if self._progress is None:
             self._close_line()
             self._progress = progress_bar(self._quiet)
@@ -177,7 +176,7 @@ class Screen:
         self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 
     def show_image(self, image: Image, path: Path | None = None) -> None:
-        """A finished image, and the file that it was written to."""
+        """Show a finished image, and the path of its file."""
         self.end_image()
         self._close_line()
         if self._shows_images and image.pil is not None:
@@ -186,18 +185,20 @@ class Screen:
         if path is not None:
             self.line(str(path))
 
-    def strip(self, image: PIL.Image.Image) -> None:
-        """A wide image, over the whole width of the terminal."""
+    def show_wide_image(self, image: PIL.Image.Image) -> None:
+        """Show an image over the whole width of the terminal."""
         if self._shows_images:
             console = Console()
             console.print(half_blocks(image, console.width))
 
     def end_image(self) -> None:
+        """Remove the progress of an image."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def end(self) -> None:
+        """End the reply, and its last line."""
         self.end_image()
         self._close_line()
 
@@ -230,13 +231,14 @@ def _can_redraw() -> bool:
 
 
 @contextmanager
-def busy(what: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr while the block runs; call the given function to change its text."""
+def spinner(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A spinner with a text on stderr while the block runs. Yields a function that changes the
+    text."""
     if quiet or not _can_redraw():
         yield lambda _: None
         return
-    with Console(stderr=True).status(what) as status:
-        yield lambda words: status.update(words)
+    with Console(stderr=True).status(text) as status:
+        yield lambda new_text: status.update(new_text)
 
 
 def half_blocks(pil: PIL.Image.Image, columns: int) -> Characters:
@@ -248,22 +250,22 @@ def half_blocks(pil: PIL.Image.Image, columns: int) -> Characters:
     blocks = Characters()
     for row in range(rows):
         for column in range(width):
-            above = 3 * (2 * row * width + column)
-            below = above + 3 * width
-            style = Style(color=_color(pixels, above), bgcolor=_color(pixels, below))
+            upper = 3 * (2 * row * width + column)
+            lower = upper + 3 * width
+            style = Style(color=_color(pixels, upper), bgcolor=_color(pixels, lower))
             blocks.append("▀", style)
         blocks.append("\n")
     blocks.rstrip()
     return blocks
 
 
-def _color(pixels: memoryview, at: int) -> Color:
-    return Color.from_rgb(*pixels[at : at + 3])
+def _color(pixels: memoryview, offset: int) -> Color:
+    return Color.from_rgb(*pixels[offset : offset + 3])
 
 
 @contextmanager
-def progress_of(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar while the block runs, which the given function updates: (done, total)."""
+def show_progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar while the block runs. Yields a function that updates it: (done, total)."""
     with progress_bar(quiet) as bar:
         task = bar.add_task(label)
         yield lambda done, total: bar.update(task, completed=done, total=total)

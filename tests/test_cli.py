@@ -746,7 +746,7 @@ def test_many_codes_are_decoded_in_batches(
     codes = np.random.default_rng(0).integers(0, 64, (5, 8, 8))
     save_codes(Path("five.npy"), codes)
     at_once = run("decode", "five.npy", "-o", "at-once", "--model", model, "--json").json
-    monkeypatch.setattr("earlyfusion.terminal._DECODED_TOGETHER", 2)
+    monkeypatch.setattr("earlyfusion.terminal._DECODE_BATCH", 2)
     parts = run("decode", "five.npy", "-o", "in-parts", "--model", model, "--json").json
     assert len(at_once["images"]) == 5
     for one, two in zip(at_once["images"], parts["images"], strict=True):
