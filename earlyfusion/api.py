@@ -696,9 +696,9 @@ class Chameleon:
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in codes_of}
         if new:
             encoded = self.image_tokenizer.encode(list(new.values())).cpu().numpy()
-            fresh = dict(zip(new, encoded, strict=True))
-            self._remember_codes(fresh)
-            codes_of |= fresh
+            new_codes = dict(zip(new, encoded, strict=True))
+            self._cache_codes(new_codes)
+            codes_of |= new_codes
         return [codes_of[key] for key in keys]
 
     def _image_keys(self, images: Sequence[Image]) -> list[bytes]:
@@ -710,9 +710,9 @@ class Chameleon:
             blake2b(pil.tobytes() + repr((pil.size, settings)).encode()).digest() for pil in pils
         ]
 
-    def _remember_codes(self, fresh: Mapping[bytes, Codes]) -> None:
+    def _cache_codes(self, new_codes: Mapping[bytes, Codes]) -> None:
         with self._lock:
-            self._cached_codes.update(fresh)
+            self._cached_codes.update(new_codes)
             while len(self._cached_codes) > _MAX_CACHED_IMAGES:
                 self._cached_codes.popitem(last=False)
 
@@ -756,9 +756,9 @@ def _reply(events: Sequence[Event], images: Iterable[Image]) -> Reply:
             text += event.text
         if isinstance(event, ImageStarted | Finished):
             if text.strip():
-                # A continuation keeps the blank between it and the turn that it continues.
-                leads = continues and not segments
-                segments.append(Text(text.rstrip() if leads else text.strip()))
+                # A continuation keeps the whitespace between it and the turn that it continues.
+                is_continuation = continues and not segments
+                segments.append(Text(text.rstrip() if is_continuation else text.strip()))
             text = ""
         if isinstance(event, ImageDone):
             segments.append(next(images))

@@ -1,4 +1,4 @@
-"""An open checkpoint into modules: names and shapes are checked, then each tensor is read. The
+"""Loads an open checkpoint into modules: checks names and shapes, then reads each tensor. The
 transformer keeps its file's dtype unless another is requested. The VQ-GAN is always fp32 in memory:
 in bf16 some codes would differ."""
 
@@ -123,7 +123,7 @@ def build_transformer(
 
 
 def vqgan_of(source: Source, device: torch.device | str = "cpu") -> VQGAN | MissingVQGAN:
-    """The VQ-GAN of an open checkpoint, or a stand-in without one."""
+    """The VQ-GAN of an open checkpoint; a `MissingVQGAN` if it has none."""
     config = source.config.vq_config
     if not source.vq:
         return MissingVQGAN(config).to(device).eval()

@@ -13,13 +13,13 @@ from earlyfusion.errors import CheckpointError
 from earlyfusion.files import write_whole
 
 _KEY = "codes"
-# Suffixes of other formats, in which nobody expects codes.
-_FOREIGN = {".npz", ".pt", ".pth", ".pkl", ".json", ".csv", ".png", ".jpg", ".jpeg"}
+# Files with these suffixes would not be expected to hold codes in safetensors.
+_OTHER_SUFFIXES = {".npz", ".pt", ".pth", ".pkl", ".json", ".csv", ".png", ".jpg", ".jpeg"}
 
 
 def check_name(path: Path) -> None:
     """Raise `CheckpointError` for the suffix of a format that codes are not written in."""
-    if path.suffix.lower() in _FOREIGN:
+    if path.suffix.lower() in _OTHER_SUFFIXES:
         raise CheckpointError(
             f"{path} is not a name for image codes: they are written as .safetensors or .npy"
         )
@@ -37,10 +37,11 @@ def save_codes(path: Path, codes: npt.NDArray[np.int64], overwrite: bool = False
 
 
 def load_codes(path: Path) -> npt.NDArray[np.int64]:
-    """Read codes [n, h, w] of any whole-number type; their range is not checked."""
+    """Read codes [n, h, w] of any integer type, as int64; their range is not checked. Raises
+    `CheckpointError`."""
     try:
         if path.suffix.lower() == ".npy":
-            # Mapped, so that no memory is taken for the shape that a header claims.
+            # Memory-mapped, so that a false shape in the header allocates no memory.
             codes = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             codes = load_file(path).get(_KEY)

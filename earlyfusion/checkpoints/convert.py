@@ -81,7 +81,8 @@ def convert(
 
 
 class _Cast:
-    """A checkpoint in another dtype; `check` raises for bad values in the tensors read so far."""
+    """A checkpoint in another dtype. `check` raises `CheckpointError` if a tensor read so far has
+    NaN or infinite values, before or after the conversion."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
         self._dtype, self._before, self._after = dtype, FiniteCheck(), FiniteCheck()
@@ -144,11 +145,11 @@ def _open_image_tokenizer(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
     return model.config.vq_config, model.vq
 
 
-def _are_equal(one: Stored, other: Stored) -> bool:
-    """Whether two codebooks are equal except for rounding."""
-    if one.shape != other.shape:
+def _are_equal(first: Stored, second: Stored) -> bool:
+    """Whether two codebooks are equal except for rounding to bf16."""
+    if first.shape != second.shape:
         return False
-    return torch.allclose(one.read().float(), other.read().float(), rtol=_ROUNDING, atol=1e-6)
+    return torch.allclose(first.read().float(), second.read().float(), rtol=_ROUNDING, atol=1e-6)
 
 
 def _check_target(target: Path) -> None:
@@ -205,13 +206,13 @@ def _check_room(target: Path, total: int) -> None:
     free = shutil.disk_usage(parent).free
     if total > free:
         raise CheckpointError(
-            f"{target} needs {_size(total)} and the disk has {_size(free)} left: "
+            f"{target} needs {_size_text(total)} and the disk has {_size_text(free)} left: "
             "free the disk or choose another folder"
         )
 
 
-def _size(count: int) -> str:
-    """Bytes as text: 12.3 GB."""
+def _size_text(num_bytes: int) -> str:
+    """A number of bytes as text: 12.3 GB."""
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    unit, size = next((pair for pair in units if count >= pair[1]), ("bytes", 1))
-    return f"{count / size:.1f} {unit}" if size > 1 else f"{count} {unit}"
+    unit, size = next((pair for pair in units if num_bytes >= pair[1]), ("bytes", 1))
+    return f"{num_bytes / size:.1f} {unit}" if size > 1 else f"{num_bytes} {unit}"

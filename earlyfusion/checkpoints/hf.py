@@ -106,7 +106,7 @@ def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     if anole.is_early(tensors):
         tensors = _to_current_names(tensors, config, folder)
-    config = _untied_if_stored_apart(config, tensors)
+    config = _untie_if_stored_separately(config, tensors)
     grid, is_lumina = config.vq_config.grid, lumina.is_lumina(data)
     defaults = {"chameleon": lumina.SAMPLING} if is_lumina else {}
     generation_config = read_json(folder / "generation_config.json", needed=False)
@@ -194,22 +194,24 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _at_least_16_bits(stored: Stored) -> Stored:
-    """Floats of 8 bits as bf16, which holds each of them exactly and has every operation."""
+    """The tensor, with 8-bit floats as bf16, which represents them exactly and has all
+    operations."""
     is_narrow = stored.dtype.is_floating_point and stored.dtype.itemsize == 1
     return stored.to(torch.bfloat16) if is_narrow else stored
 
 
-def _untied_if_stored_apart(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
-    """The config of a model whose files may hold a head of its own although config.json ties it to
-    the embedding: the files decide, as in transformers. If they only hold the head, it is both."""
+def _untie_if_stored_separately(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
+    """The config, untied if the files hold a head that differs from the embedding although
+    config.json ties the two: as in transformers, the files decide. If they hold the head only, adds
+    it to `tensors` as the embedding."""
     if not config.tie_word_embeddings or HEAD not in tensors:
         return config
     if EMBEDDING not in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
         return config
     embedding, head = (tensors[name].read() for name in (EMBEDDING, HEAD))
-    is_one = torch.equal(embedding.to(head.dtype), head)
-    return config if is_one else replace(config, tie_word_embeddings=False)
+    is_tied = torch.equal(embedding.to(head.dtype), head)
+    return config if is_tied else replace(config, tie_word_embeddings=False)
 
 
 def _to_current_names(
@@ -343,16 +345,17 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Stored], on_bytes: OnBy
 
 
 def _generation_config(given: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The given settings, and the ids that transformers' `generate` needs in order to stop."""
+    """generation_config.json: the given settings, and the ids that make transformers' `generate`
+    stop."""
     ids = {
         "bos_token_id": vocabulary.bos,
         "eos_token_id": vocabulary.eos,
         "pad_token_id": vocabulary.pad,
     }
     # Once the file has an eos_token_id, this package only reads its settings from "chameleon".
-    bare = bool(given) and not given.keys() & {"chameleon", "eos_token_id"}
-    copied = {"chameleon": dict(given)} if bare else {}
-    return ids | {k: v for k, v in given.items() if v is not None} | copied
+    needs_copy = bool(given) and not given.keys() & {"chameleon", "eos_token_id"}
+    copy = {"chameleon": dict(given)} if needs_copy else {}
+    return ids | {k: v for k, v in given.items() if v is not None} | copy
 
 
 def _packed_bits(folder: Path, config: Mapping[str, Any]) -> int | None:

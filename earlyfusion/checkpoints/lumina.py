@@ -1,9 +1,8 @@
 """Lumina-mGPT (arXiv 2408.02657): Chameleon in transformers' layout with its own image layout.
 
-An image is spelled: begin, a token for the height, one for the width, rows of codes each followed
-by a line end, end: 1,060 tokens for 512 x 512. Size tokens count blocks of two codes, which are 32
-pixels. Facts from github.com/Alpha-VLLM/Lumina-mGPT; more in docs/checkpoints.md.
-"""
+The tokens of an image are: begin, one for the height, one for the width, then each row of codes
+with a newline token, and end: 1,060 tokens for 512 x 512. Size tokens count blocks of two codes,
+which are 32 pixels. Facts from github.com/Alpha-VLLM/Lumina-mGPT; more in docs/checkpoints.md."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def is_lumina(config: Mapping[str, Any]) -> bool:
 
 
 def is_layout_token(name: str) -> bool:
-    """Whether a token is a line end or a size."""
+    """Whether a token is the newline token or a size token."""
     match = _SIZE_NAME.fullmatch(name)
     return name == _LINE_END or bool(match and int(match[1]) > _SIZE_ZERO)
 
@@ -61,12 +60,14 @@ def is_layout(spelled: ImageLayout) -> bool:
 
 
 def layouts(grid: int) -> list[ImageLayout]:
+    """The layouts of all `sizes`."""
     return [layout(*size) for size in sizes(grid)]
 
 
 def sizes(grid: int) -> list[tuple[int, int]]:
-    """(height, width) in codes of the images that a model of `grid` x `grid` was trained on. From
-    the widest to the tallest, none larger than the square or over four times as long as wide."""
+    """(height, width) in codes of the images that a model of `grid` x `grid` was trained on, from
+    the widest to the tallest. None has a larger area than the square, or sides with a ratio over
+    4."""
     blocks = [pair for pair in _sizes_in_blocks((grid // _BLOCK) ** 2) if _has_allowed_ratio(*pair)]
     return [(height * _BLOCK, width * _BLOCK) for height, width in blocks]
 

@@ -40,7 +40,7 @@ CARD_FILES = (
 _TOKENIZERS = (TOKENIZER, META_TOKENIZER)
 _SHOWN_KEYS = 10
 _SHOWN_TENSORS = 3
-# After reading this many bytes a file is mapped anew, so that the system drops the pages.
+# After reading this many bytes a file is mapped again, so that the system frees its pages.
 _MAPPED_BYTES = 2**26
 
 
@@ -62,11 +62,13 @@ class Stored:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     def to(self, dtype: torch.dtype | None) -> Stored:
+        """The tensor in another dtype, converted when it is read; None keeps its own."""
         if dtype in (None, self.dtype):
             return self
         return self.then(lambda tensor: tensor.to(dtype))
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Stored:
+        """The tensor after `change`, which is applied when it is read."""
         # Run on a meta tensor, to learn the new shape and dtype.
         after = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return Stored(after.dtype, tuple(after.shape), lambda: change(self.read()))
@@ -92,13 +94,14 @@ class Source:
 
 
 class FiniteCheck:
-    """Counts NaN and infinite values in tensors as they are read."""
+    """Counts the NaN and infinite values of tensors when these are read."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def watch(self, tensors: Mapping[str, Stored], prefix: str = "") -> dict[str, Stored]:
-        """The same tensors, checked when read; reports put `prefix` before their names."""
+        """The same tensors, checked when they are read. `found` puts `prefix` before their
+        names."""
         return {name: self._watched(prefix + name, stored) for name, stored in tensors.items()}
 
     def _watched(self, name: str, stored: Stored) -> Stored:
@@ -124,17 +127,20 @@ class FiniteCheck:
 
 
 class MappedFile:
-    """A file of named tensors that is memory-mapped in stretches. `open_file` maps it and returns
-    the function that gives a tensor by name."""
+    """A file of named tensors that is memory-mapped, and mapped again whenever enough has been
+    read, which frees the memory of its pages. `open_file` maps it, and returns a function from a
+    name to its tensor."""
 
     def __init__(self, open_file: Callable[[], Callable[[str], Tensor]]) -> None:
         self._open, self._get, self._bytes_read = open_file, open_file(), 0
 
     def stored(self, name: str) -> Stored:
+        """The tensor of this name, not read yet."""
         tensor = self._get(name)
         return Stored(tensor.dtype, tuple(tensor.shape), lambda: self.read(name))
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name."""
         if self._bytes_read > _MAPPED_BYTES:
             self._get, self._bytes_read = self._open(), 0
         tensor = self._get(name)
@@ -217,6 +223,7 @@ def card_files(folder: Path) -> list[Path]:
 
 
 def read_card(folder: Path | None) -> dict[str, str]:
+    """The texts of `card_files`, by file name; {} without a folder."""
     paths = [] if folder is None else card_files(folder)
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths}
 

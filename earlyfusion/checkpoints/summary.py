@@ -75,7 +75,7 @@ def summarize(name: str | Path, verify: bool = True) -> Summary:
 
 
 def _finite(source: Source, tied: set[str]) -> str:
-    """One pass over the weights, a tensor at a time."""
+    """The `finite` of a summary: reads all weights, one tensor at a time."""
     check = FiniteCheck()
     tensors = {name: stored for name, stored in source.tensors.items() if name not in tied}
     watched = check.watch(tensors) | check.watch(source.vq, VQ_PREFIX)
@@ -85,16 +85,16 @@ def _finite(source: Source, tied: set[str]) -> str:
 
 
 def _parameters(tensors: Mapping[str, Stored]) -> int:
-    return sum(_weights(name, stored) for name, stored in tensors.items())
+    return sum(_num_weights(name, stored) for name, stored in tensors.items())
 
 
-def _weights(name: str, stored: Stored) -> int:
+def _num_weights(name: str, stored: Stored) -> int:
     if name.endswith(".scales"):  # of packed weights
         return 0
-    per_number = 2 if stored.dtype == torch.uint8 else 1  # a byte holds two weights of 4 bits
-    return math.prod(stored.shape) * per_number
+    weights_per_value = 2 if stored.dtype == torch.uint8 else 1  # a byte holds two 4-bit weights
+    return math.prod(stored.shape) * weights_per_value
 
 
 def _kv_values(config: ModelConfig) -> int:
-    """Numbers in the keys and values of one token."""
+    """The number of values in the keys and values of one token."""
     return 2 * config.num_hidden_layers * config.kv_heads * config.head_dim

@@ -31,7 +31,7 @@ class ImageVocabulary:
         self.vocab_map = dict(names)
         found = [names[name] for name in reversed(IMAGE_PLACEHOLDERS) if name in names]
         self.image_token_id: int | None = found[0] if found else None
-        self._moved: dict[str, Tensor] = {}
+        self._device_tables: dict[str, Tensor] = {}
 
     @cached_property
     def bpe2img(self) -> dict[int, int]:
@@ -87,11 +87,11 @@ class ImageVocabulary:
                 "the config has no vocabulary_map and the model's folder no tokenizer.json, so "
                 "images have no tokens: call model.use_vocabulary(processor)"
             )
-        return self._on("img2bpe", self.img2bpe_mapping_tensor, img_batch.device)[img_batch]
+        return self._on_device("img2bpe", self.img2bpe_mapping_tensor, img_batch.device)[img_batch]
 
     def convert_bpe2img(self, tokens: Tensor) -> Tensor:
         """Codes of token ids, any shape; `ImageError` if an id is not an image token."""
-        table = self._on("bpe2img", self.bpe2img_mapping_tensor, tokens.device)
+        table = self._on_device("bpe2img", self.bpe2img_mapping_tensor, tokens.device)
         inside = (tokens >= 0) & (tokens < len(table))
         codes = torch.where(inside, table[tokens.clamp(0, len(table) - 1)], CODE)
         if bool((codes == CODE).any()):
@@ -102,6 +102,7 @@ class ImageVocabulary:
         return codes
 
     def is_image(self, tokens: Tensor) -> Tensor:
+        """Whether each token id is an image code, bool in the shape of `tokens`."""
         return torch.isin(tokens, self._ids(tokens.device))
 
     def image_columns(self, device: torch.device) -> Tensor:
@@ -113,20 +114,21 @@ class ImageVocabulary:
         return Vocabulary(self.vocab_map)
 
     def _ids(self, device: torch.device) -> Tensor:
-        return self._on("ids", self.bpe2img_search_tensors[0], device)
+        return self._on_device("ids", self.bpe2img_search_tensors[0], device)
 
-    def _on(self, name: str, values: Tensor, device: torch.device) -> Tensor:
+    def _on_device(self, name: str, values: Tensor, device: torch.device) -> Tensor:
+        """A table on a device; copied once, and then found by its name."""
         if device.type == "cpu":
             return values
         key = f"{name} {device}"
-        if key in self._moved:
-            return self._moved[key]
+        if key in self._device_tables:
+            return self._device_tables[key]
         if torch.compiler.is_compiling():  # a tensor made while tracing must not be cached
             return values.to(device)
-        # Training may use it, too, and cannot save tensors of inference mode for a backward pass.
+        # A tensor of inference mode could not be used in training later.
         with torch.inference_mode(False):
-            self._moved[key] = values.to(device)
-        return self._moved[key]
+            self._device_tables[key] = values.to(device)
+        return self._device_tables[key]
 
     def prepare(self, device: torch.device | None = None) -> None:
         """Make the tables now, on a device: tables made while tracing could not be cached, and a
@@ -134,7 +136,7 @@ class ImageVocabulary:
         tables = self.bpe2img_search_tensors[0], self.img2bpe_mapping_tensor
         if device is not None:
             for name, table in zip(("ids", "img2bpe"), tables, strict=True):
-                self._on(name, table, device)
+                self._on_device(name, table, device)
 
 
 def _int64(values: Sequence[int]) -> Tensor:
@@ -143,6 +145,7 @@ def _int64(values: Sequence[int]) -> Tensor:
 
 
 def _table(values: Mapping[int, int], empty: int) -> Tensor:
+    """The values by their keys as a tensor, with `empty` for missing keys."""
     last = max(values, default=0)
     return _int64([values.get(key, empty) for key in range(last + 1)])
 

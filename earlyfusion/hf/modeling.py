@@ -128,8 +128,9 @@ class InterfaceAttend:
         return out
 
 
-def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
-    """Fill in missing special ids from the model's config: without them no reply would end."""
+def _fill_special_ids(generation: Any, config: ChameleonConfig) -> None:
+    """Set missing special ids to those of the model's config: without an end token, replies would
+    only end at their maximum length."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(config, name))
@@ -174,13 +175,13 @@ class ChameleonRotaryEmbedding(nn.Module):
         # A traced graph can neither read a number back nor write an attribute.
         traced = torch.compiler.is_compiling()
         if self.rope_type == "dynamic" and not traced:
-            length = torch.tensor(self._remembered(int(length)), device=length.device)
+            length = torch.tensor(self._remember_length(int(length)), device=length.device)
         inv_freq = rotary_frequencies(self._shape, length.device, length[None])
         if not traced:
             self.inv_freq = inv_freq
         return inv_freq
 
-    def _remembered(self, length: int) -> int:
+    def _remember_length(self, length: int) -> int:
         if length > self.max_seq_len_cached:
             self.max_seq_len_cached = length
         elif length < self.original_max_seq_len:
@@ -289,7 +290,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
             model.base_model.freeze_image_tokenizer()
             check_processes(model.base_model.shape, model._tp_size or 1)
         if model.can_generate():
-            _complete_ends(model.generation_config, model.config)
+            _fill_special_ids(model.generation_config, model.config)
         return loaded
 
     def load_state_dict(
@@ -602,6 +603,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         return self.vocabulary_mapping.convert_img2bpe(encoded.image_tokens)
 
     def fill_placeholders(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        """`input_ids` [B, T] with image tokens, in order, in place of the placeholders. Raises
+        `ImageError` unless there are as many of both."""
         mask_BT = _checked(input_ids == self._placeholder(), tokens.numel())
         return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
 
@@ -677,8 +680,8 @@ class ChameleonForConditionalGeneration(
         super().__setattr__(name, value)
 
     def _with_tokens(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` with the images' own tokens in its ids and labels. Needed because TRL assigns
-        its own forward, which computes the loss without `forward` below."""
+        """A forward that TRL assigns to the model, with the images' own tokens in its ids and
+        labels. It computes the loss itself, without the `forward` below."""
         # accelerate unwraps methods, so a method of this model must stay a method.
         if getattr(forward, "__self__", None) is self:
             function = cast("Any", forward).__func__
@@ -751,7 +754,7 @@ class ChameleonForConditionalGeneration(
         )
         logits_BTV = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
         if not with_image_logits:
-            logits_BTV = self._without_images(logits_BTV)
+            logits_BTV = self._mask_image_logits(logits_BTV)
         scored_BTV = logits_BTV
         if labels is not None and with_image_logits:
             labels = self._image_labels(labels, input_ids, mm_encoder_outputs, logits_to_keep)
@@ -801,7 +804,7 @@ class ChameleonForConditionalGeneration(
         kept, filled = (_kept_positions(ids, logits_to_keep) for ids in (input_ids, filled_ids))
         return _relabel_placeholders(labels, kept, filled)
 
-    def _without_images(self, logits_BTV: Tensor) -> Tensor:
+    def _mask_image_logits(self, logits_BTV: Tensor) -> Tensor:
         columns = self.model.vocabulary_mapping.image_columns(logits_BTV.device)
         return logits_BTV.index_fill(-1, columns, torch.finfo(logits_BTV.dtype).min)
 
@@ -833,6 +836,7 @@ def _encoded_image(encoded: Mapping[str, Any] | None) -> Any:
 
 
 def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
+    """Positions [1, T] behind those in the cache."""
     past = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(x_BTD.shape[1], device=x_BTD.device) + past)[None]
 
@@ -846,7 +850,7 @@ def _kept_positions(values_BT: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 def _filling_forward(forward: Callable[..., Any], owner: Any = None) -> Callable[..., Any]:
-    """`forward` with filled labels, as a function of `owner` or as a method."""
+    """`forward` with filled placeholders: for a function of the model `owner`, or for a method."""
 
     @functools.wraps(forward)
     def with_filled_placeholders(*args: Any, **kwargs: Any) -> Any:
@@ -862,7 +866,8 @@ def _relabel_placeholders(labels: Tensor, ids: Tensor, filled_ids: Tensor) -> Te
 
 
 def _check_not_packed(config: ChameleonConfig) -> None:
-    """Without this, transformers would make random weights in place of those it cannot read."""
+    """Raise `CheckpointError` for packed weights, which transformers would replace by random
+    ones."""
     packed = getattr(config, "quantization_config", None)
     if isinstance(packed, dict) and packed.get("quant_method") == PACKED:
         raise CheckpointError(
@@ -884,6 +889,7 @@ def _checked(mask_BT: Tensor, features: int) -> Tensor:
 
 
 def _check_count(mask_BT: Tensor, features: int) -> None:
+    """Raise `ImageError` unless there are as many placeholders as image features."""
     tokens = int(mask_BT.sum())
     if tokens != features:
         raise ImageError(

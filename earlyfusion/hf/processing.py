@@ -42,7 +42,7 @@ from earlyfusion.vocabulary import (
     Vocabulary,
 )
 
-_MARK = IMAGE_PLACEHOLDERS[1]
+_PLACEHOLDER = IMAGE_PLACEHOLDERS[1]
 _SECTIONS = ("text_kwargs", "images_kwargs")
 # Arguments of the processor itself; their defaults are class attributes.
 _FLAGS = (
@@ -51,9 +51,8 @@ _FLAGS = (
     "return_text_replacement_offsets",
 )
 _OFFSETS = "text_replacement_offsets"
-# transformers' `sanitize_control_tokens` puts this sign before control tokens in users' text.
-_UNMARKED = "(?<!\U000f0000)"
-
+# transformers' `sanitize_control_tokens` puts this character before control tokens in users' text.
+_NOT_SANITIZED = "(?<!\U000f0000)"
 
 class _SectionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of the tokenizer and of the image processor."""
@@ -88,7 +87,7 @@ class ChameleonProcessor(ProcessorMixin):
         image_processor: Any,
         tokenizer: Any,
         image_seq_length: int = 1024,
-        image_token: str = _MARK,
+        image_token: str = _PLACEHOLDER,
         chat_template: str | None = None,
         image_layout: str = "chameleon",
         **kwargs: Any,
@@ -132,20 +131,20 @@ class ChameleonProcessor(ProcessorMixin):
 
         Further arguments are those of `ChameleonProcessorKwargs`, the tokenizer and the image
         processor, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; by default the
-        tokenizer's settings. Raises `PromptError` if the numbers of marks and images differ or an
-        image is truncated, `SettingError` for an argument given twice.
+        tokenizer's settings. Raises `PromptError` if the numbers of placeholders and images differ
+        or an image is truncated, `SettingError` for an argument given twice.
         """
         flags, for_text, for_images = self._split_kwargs(dict(kwargs))
         tensor_type = for_text.pop("return_tensors")
         texts = _texts(text, images)
         flat_images = [] if images is None else self._fetch_images(images)
-        marks = [list(self._marks(text)) for text in texts or ()]
+        placeholders = [list(self._find_placeholders(text)) for text in texts or ()]
         if texts is not None:
-            _check_image_count([len(found) for found in marks], images, len(flat_images))
+            _check_image_count([len(found) for found in placeholders], images, len(flat_images))
         data = self._pixels(flat_images, for_images) if flat_images else {}
         if texts is not None:
             spelled = [self.replace_image_token(data, number) for number in range(len(flat_images))]
-            data = self._tokens(texts, marks, spelled, flags, for_text) | data
+            data = self._tokens(texts, placeholders, spelled, flags, for_text) | data
         return BatchFeature(data, tensor_type=tensor_type, skip_tensor_conversion=[_OFFSETS])
 
     @property
@@ -158,7 +157,7 @@ class ChameleonProcessor(ProcessorMixin):
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """The texts of generated ids, without image tokens."""
-        ids = [self._without_images(row) for row in _rows(generated_outputs)]
+        ids = [self._drop_image_tokens(row) for row in _rows(generated_outputs)]
         texts: list[str] = self.tokenizer.batch_decode(
             ids, skip_special_tokens=skip_special_tokens, **kwargs
         )
@@ -291,7 +290,7 @@ class ChameleonProcessor(ProcessorMixin):
     def _tokens(
         self,
         texts: list[str],
-        marks: list[list[re.Match[str]]],
+        placeholders: list[list[re.Match[str]]],
         spelled: list[str],
         flags: dict[str, bool],
         settings: dict[str, Any],
@@ -300,8 +299,10 @@ class ChameleonProcessor(ProcessorMixin):
         completion = flags["return_for_text_completion"]
         rest = iter(spelled)
         spelled_texts = [
-            self._spell_text(text, [(mark, next(rest)) for mark in found], completion, add_bos)
-            for text, found in zip(texts, marks, strict=True)
+            self._spell_text(
+                text, [(placeholder, next(rest)) for placeholder in found], completion, add_bos
+            )
+            for text, found in zip(texts, placeholders, strict=True)
         ]
         data = dict(self.tokenizer([text for text, _ in spelled_texts], **settings))
         # `max_length` may have truncated an image, and half an image is useless.
@@ -320,19 +321,25 @@ class ChameleonProcessor(ProcessorMixin):
             data[_OFFSETS] = [offsets for _, offsets in spelled_texts]
         return data
 
-    def _marks(self, text: str) -> Iterator[re.Match[str]]:
-        """The `<image>`s of a text, except those that a chat template marked as a user's words."""
-        names = "|".join(map(re.escape, dict.fromkeys((_MARK, self.image_token))))
-        return re.finditer(f"{_UNMARKED}(?:{names})", text)
+    def _find_placeholders(self, text: str) -> Iterator[re.Match[str]]:
+        """The placeholders in a text, except those in users' text that a chat template has marked
+        as plain text."""
+        names = "|".join(map(re.escape, dict.fromkeys((_PLACEHOLDER, self.image_token))))
+        return re.finditer(f"{_NOT_SANITIZED}(?:{names})", text)
 
     def _spell_text(
-        self, text: str, marks: list[tuple[re.Match[str], str]], completion: bool, add_bos: bool
+        self,
+        text: str,
+        replacements: list[tuple[re.Match[str], str]],
+        completion: bool,
+        add_bos: bool,
     ) -> tuple[str, list[dict[str, Any]]]:
-        """A text with its images spelled, bos if `add_bos`, and the end of the turn. Also the
-        replacements: each with its `span` in the text and its `new_span` in the result."""
+        """A text with its images as tokens, bos if `add_bos`, and the end of the turn.
+        `replacements` are its placeholders, each with the image's tokens. Also returns what was
+        replaced: each with its `span` in the text and its `new_span` in the result."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         templated = bool(bos and text.startswith(bos)) or bool(eos and text.endswith(eos))
-        changes = [("image", mark.span(), mark.group(), spelled) for mark, spelled in marks]
+        changes = [("image", found.span(), found.group(), new) for found, new in replacements]
         if add_bos and bos and not templated:
             # Also reported, because it shifts the positions of the text behind it.
             changes.insert(0, ("text", (0, 0), "", bos))
@@ -345,7 +352,8 @@ class ChameleonProcessor(ProcessorMixin):
         return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **_: Any) -> str:
-        """A spelled image: begin, placeholders, end; for Lumina-mGPT also sizes and line ends."""
+        """The tokens of an image as text: begin, placeholders, end; for Lumina-mGPT also size and
+        newline tokens."""
         if not self._is_lumina:
             inner = self.image_token * self.image_seq_length
             return f"{self.image_start_token}{inner}{self.image_end_token}"
@@ -393,7 +401,7 @@ class ChameleonProcessor(ProcessorMixin):
         except ImageError:
             return None
 
-    def _without_images(self, row: list[int]) -> list[int]:
+    def _drop_image_tokens(self, row: list[int]) -> list[int]:
         if not hasattr(self, "_image_ids"):  # made once: a vocabulary has 65,536 names
             self._image_ids = frozenset(self.vocabulary.image_tokens.tolist())
         return [token for token in row if token not in self._image_ids]
@@ -458,22 +466,23 @@ def _texts(text: Any, images: Any) -> list[str] | None:
     return texts
 
 
-def _check_image_count(marks: list[int], given: Any, images: int) -> None:
-    """Raise `PromptError` unless there is an image for each of the marks per text. Images may be
-    given in a list for each text."""
-    if sum(marks) != images:
+def _check_image_count(placeholders: list[int], given: Any, images: int) -> None:
+    """Raise `PromptError` unless there is an image for each placeholder; `placeholders` has their
+    number per text. Images may be given in a list for each text, and must then match that text."""
+    if sum(placeholders) != images:
         raise PromptError(
-            f"the number of {_MARK} tokens in the prompts should be the same as the number of "
-            f"images, but there are {sum(marks)} and {images}: give each image one {_MARK}"
+            f"the number of {_PLACEHOLDER} tokens in the prompts should be the same as the number "
+            f"of images, but there are {sum(placeholders)} and {images}: give each image one "
+            f"{_PLACEHOLDER}"
         )
     nested = isinstance(given, list | tuple) and all(isinstance(i, list | tuple) for i in given)
-    if not nested or len(given) != len(marks):
+    if not nested or len(given) != len(placeholders):
         return
-    for number, (count, own) in enumerate(zip(marks, given, strict=True), 1):
+    for number, (count, own) in enumerate(zip(placeholders, given, strict=True), 1):
         if count != len(own):
             raise PromptError(
-                f"text {number} has {count} {_MARK} tokens and its list has {len(own)} images: "
-                f"give each image one {_MARK}"
+                f"text {number} has {count} {_PLACEHOLDER} tokens and its list has {len(own)} "
+                f"images: give each image one {_PLACEHOLDER}"
             )
 
 
