@@ -564,7 +564,7 @@ def test_a_step_of_many_replies_lets_others_in_between() -> None:
             job.batch._num_unfinished = 1
         driver._receive_updates([module._JobUpdate(job, [TextDelta("a")]) for job in jobs])
         woken = [sum(job.batch.can_continue for job in jobs)]
-        # The next step's news come while the last are still on their way.
+        # The next step's updates arrive while the last ones are not delivered yet.
         broken = RuntimeError()
         driver._receive_updates([module._JobUpdate(job, [TextDelta("b")], broken) for job in jobs])
         while woken[-1] < several:

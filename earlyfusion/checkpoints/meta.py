@@ -308,8 +308,8 @@ def _lookup(path: Path) -> Callable[[str], Tensor]:
 
 def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored:
     # Run on meta tensors, to learn the shape of the whole.
-    blanks = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in shards]
-    result = join(blanks, config)
+    empty_shards = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in shards]
+    result = join(empty_shards, config)
     return Stored(
         result.dtype, tuple(result.shape), lambda: join([s.read() for s in shards], config)
     )

@@ -1,4 +1,5 @@
-"""One thread runs the engine; coroutines receive its events. Only this file uses the engine.
+"""One thread runs the engine; coroutines receive its events. In the server's process, only this
+file uses the engine.
 
 A `Batch` holds the requests of one HTTP request (`n` choices are `n` requests) and one queue of
 their events. The thread adds requests to the engine and steps it while there is work. It posts the
