@@ -210,7 +210,7 @@ class TextSampling(Sampling):
         return constraint.fields()
 
 
-class Bookkeeping(StrictModel):
+class IgnoredFields(StrictModel):
     """Fields of every route that generates; they are accepted without effect."""
 
     user: str | None = None
@@ -342,7 +342,7 @@ _CHAT_WHY_NOT = {
 }
 
 
-class ChatRequest(TextSampling, Bookkeeping):
+class ChatRequest(TextSampling, IgnoredFields):
     """/v1/chat/completions."""
 
     neutral = _CHAT_NEUTRAL
@@ -387,7 +387,7 @@ class ChatRequest(TextSampling, Bookkeeping):
 # --- Completions ---
 
 
-class CompletionRequest(TextSampling, Bookkeeping):
+class CompletionRequest(TextSampling, IgnoredFields):
     """/v1/completions: each prompt is a user's turn, which is answered with text."""
 
     neutral = _CHAT_NEUTRAL | {"suffix": ("",), "echo": (False,), "best_of": (1,)}
@@ -424,7 +424,7 @@ class CompletionRequest(TextSampling, Bookkeeping):
 # --- Images ---
 
 
-class ImageOptions(Sampling, Bookkeeping):
+class ImageOptions(Sampling, IgnoredFields):
     """The fields that generations, edits and variations share."""
 
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
@@ -602,7 +602,7 @@ class PlainStreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseRequest(TextSampling, Bookkeeping):
+class ResponseRequest(TextSampling, IgnoredFields):
     """/v1/responses. The reply may hold images if `tools` has image_generation."""
 
     neutral = _CHAT_NEUTRAL | {
