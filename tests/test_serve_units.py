@@ -1,4 +1,4 @@
-"""The server's parts without a server: strict fields, foreign addresses, stores, the trimmer."""
+"""The server's parts without a server: strict fields, image URLs, stores, the trimmer."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def test_forms_have_their_numbers_as_text() -> None:
     assert (plain.n, plain.temperature, plain.stream, plain.seed) == (2, 0.5, True, 3)
 
 
-# --- foreign addresses ---
+# --- image URLs ---
 
 REFUSED = [
     "http://127.0.0.1/",

@@ -74,7 +74,7 @@ class _MetaSteps(BaseImageProcessor):
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("exact") is False:
             kwargs.setdefault("rescale_factor", TRANSFORMERS_RESCALE)
-        _check(
+        _check_settings(
             kwargs.get("resize_mode", "crop"),
             kwargs.get("deep", "scale"),
             kwargs.get("exact", True),
@@ -82,7 +82,7 @@ class _MetaSteps(BaseImageProcessor):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Images of files and addresses; images and lists are returned unchanged."""
+        """The images of files and URLs, alone or in lists; images are returned unchanged."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return Image.open(image_url_or_urls).pil
         return super().fetch_images(image_url_or_urls)
@@ -96,7 +96,7 @@ class _MetaSteps(BaseImageProcessor):
         deep: Deep = "scale",
         **settings: Any,
     ) -> BatchFeature:
-        _check(resize_mode, deep, exact)
+        _check_settings(resize_mode, deep, exact)
         if not exact:
             if self.exact and settings["rescale_factor"] == 2 / 255:
                 settings["rescale_factor"] = TRANSFORMERS_RESCALE
@@ -137,8 +137,8 @@ class _MetaSteps(BaseImageProcessor):
             size = _new_size(height, width, dict(settings["size"]))
         if not settings["do_center_crop"]:
             return _resize_window(batch_nCYX, size, resample, (range(size[0]), range(size[1])))
-        rows, above, below = _centre(size[0], _crop(settings, "height"))
-        columns, left, right = _centre(size[1], _crop(settings, "width"))
+        rows, above, below = _centre_window(size[0], _crop_length(settings, "height"))
+        columns, left, right = _centre_window(size[1], _crop_length(settings, "width"))
         # Compute only the rows and columns that the crop keeps.
         crop_nCYX = _resize_window(batch_nCYX, size, resample, (rows, columns))
         return F.pad(crop_nCYX, (left, right, above, below))
@@ -230,7 +230,7 @@ def _resize_window(
     return torch.from_numpy(np.stack(windows)).unflatten(0, batch_nCYX.shape[:2])
 
 
-def _check(mode: Any, deep: Any, exact: Any) -> None:
+def _check_settings(mode: Any, deep: Any, exact: Any) -> None:
     if mode not in get_args(Mode):
         raise SettingError(f"resize_mode={mode!r} is unknown: choose 'crop' or 'fit'")
     if deep not in get_args(Deep):
@@ -273,6 +273,7 @@ def _as_tensor(array: Any) -> Tensor:
 
 
 def _to_tensor(image: PIL.Image.Image) -> Tensor:
+    """uint8 [C, Y, X]."""
     array = np.array(image)
     array = array[..., None] if array.ndim == 2 else array
     return _as_bytes(torch.from_numpy(array).permute(2, 0, 1))
@@ -317,6 +318,7 @@ def _as_bytes(planes: Tensor) -> Tensor:
 
 
 def _new_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
+    """(height, width) after resizing. Raises `SettingError`."""
     if set(size) == {"shortest_edge"}:
         scale = size["shortest_edge"] / min(height, width)
         return round(scale * height), round(scale * width)
@@ -329,6 +331,7 @@ def _new_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
 
 
 def _fit_side(settings: dict[str, Any]) -> int:
+    """The side of the squares that images are fitted into. Raises `SettingError`."""
     given = settings["crop_size"] if settings["do_center_crop"] else settings["size"]
     sides = set(dict(given).values())
     if len(sides) != 1:
@@ -336,14 +339,14 @@ def _fit_side(settings: dict[str, Any]) -> int:
     return int(sides.pop())
 
 
-def _crop(settings: dict[str, Any], name: str) -> int:
+def _crop_length(settings: dict[str, Any], name: str) -> int:
     crop = dict(settings["crop_size"])
     if name not in crop:
         raise SettingError(f"crop_size={crop} has no {name}: give height and width")
     return int(crop[name])
 
 
-def _centre(length: int, size: int) -> tuple[range, int, int]:
+def _centre_window(length: int, size: int) -> tuple[range, int, int]:
     """The middle `size` of `length`, and how many pixels are missing before and after it."""
     start, missing = max((length - size) // 2, 0), max(size - length, 0)
     before = (missing + 1) // 2
@@ -367,6 +370,7 @@ def _to_values(batch_nCYX: Tensor, settings: dict[str, Any]) -> Tensor:
 
 
 def _for_channels(settings: dict[str, Any], name: str, channels: int) -> Any:
+    """The setting `name` as a column [channels or 1, 1]. Raises `SettingError`."""
     values = np.atleast_1d(np.asarray(settings[name], dtype=np.float64))
     if len(values) not in (1, channels):
         raise SettingError(

@@ -270,7 +270,7 @@ class ChameleonProcessor(ProcessorMixin):
         return names | set(of_processor.__annotations__ if of_processor else ())
 
     def _fetch_images(self, images: Any) -> list[Any]:
-        """All images in order; transformers fetches those given as addresses."""
+        """All images in order; transformers fetches those given as URLs."""
         return make_flat_list_of_images(self.image_processor.fetch_images(images))
 
     def _pixels(self, images: list[Any], settings: dict[str, Any]) -> dict[str, Any]:

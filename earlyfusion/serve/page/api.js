@@ -1,4 +1,4 @@
-// The server's API. Addresses are relative to the page, so that it works behind any prefix.
+// The server's API. URLs are relative to the page, so that it works behind any prefix.
 
 export class ServerError extends Error {
   constructor(message, status) {
@@ -7,7 +7,7 @@ export class ServerError extends Error {
   }
 }
 
-export const address = (path) => new URL(path, document.baseURI).href;
+export const toUrl = (path) => new URL(path, document.baseURI).href;
 
 /** The models that are served, as /v1/models describes them. */
 export async function models(key) {
@@ -37,7 +37,7 @@ export async function* chat(body, key, signal) {
 async function request(path, options) {
   let response;
   try {
-    response = await fetch(address(path), options);
+    response = await fetch(toUrl(path), options);
   } catch (error) {
     if (options.signal?.aborted) throw error;
     throw new ServerError("", 0);

@@ -1,11 +1,11 @@
 // A request as code that runs as it is: a curl command, or Python with the openai package.
 
-import { address } from "./api.js";
+import { toUrl } from "./api.js";
 
 const OPENAI_FIELDS = ["model", "messages", "temperature", "max_tokens", "seed"];
 
 export function asCurl(body, hasKey) {
-  const lines = [`curl ${address("v1/chat/completions")}`, '-H "Content-Type: application/json"'];
+  const lines = [`curl ${toUrl("v1/chat/completions")}`, '-H "Content-Type: application/json"'];
   if (hasKey) lines.push('-H "Authorization: Bearer $OPENAI_API_KEY"');
   // From standard input, since an image exceeds the length of a command line.
   lines.push("-d @- <<'JSON'");
@@ -23,7 +23,7 @@ export function asPython(body, hasKey) {
     ...(withImages || hasKey ? [""] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${JSON.stringify(address("v1"))}, api_key=${key})`,
+    `client = OpenAI(base_url=${JSON.stringify(toUrl("v1"))}, api_key=${key})`,
     "reply = client.chat.completions.create(",
     ...standard.map(([name, value]) => `    ${name}=${literal(value, "    ")},`),
     ...(additions.length ? [`    extra_body=${literal(Object.fromEntries(additions), "    ")},`] : []),
