@@ -25,7 +25,7 @@ from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints import checklist
 from earlyfusion.checkpoints.anole import rotate, unrotate
 from earlyfusion.checkpoints.assemble import Loaded
-from earlyfusion.checkpoints.convert import _size, convert
+from earlyfusion.checkpoints.convert import _size_text, convert
 from earlyfusion.checkpoints.detect import detect, load, locate
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.lumina import layout
@@ -600,7 +600,7 @@ class TestMistakes:
     @pytest.mark.parametrize("count", [9, 12_300, 1_100_000, 14_200_000_000])
     def test_sizes_in_words(self, count: int) -> None:
         words = {9: "9 bytes", 12_300: "12.3 kB", 1_100_000: "1.1 MB", 14_200_000_000: "14.2 GB"}
-        assert _size(count) == words[count]
+        assert _size_text(count) == words[count]
 
     @pytest.mark.parametrize("to", ["hf", "meta"])
     @pytest.mark.parametrize(
