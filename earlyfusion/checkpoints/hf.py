@@ -71,7 +71,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
 }
 
-_IMAGE_MARK = IMAGE_PLACEHOLDERS[1]
+_PLACEHOLDER = IMAGE_PLACEHOLDERS[1]
 # Turns as in training: their parts joined, then end of turn; a last answer ends with eos.
 # `generation` blocks hold the parts that are learned.
 CHAT_TEMPLATE = (
@@ -79,7 +79,7 @@ CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% elif part['type'] in ['image', 'image_url'] %}" + _IMAGE_MARK + "{% else %}"
+    "{% elif part['type'] in ['image', 'image_url'] %}" + _PLACEHOLDER + "{% else %}"
     "{{ raise_exception('a part of type ' ~ part['type'] ~ ' is unknown: write text or image') }}"
     "{% endif %}{% endfor %}{% endif %}{% endmacro %}" + BOS + "{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant', 'system'] %}"

@@ -54,6 +54,7 @@ _OFFSETS = "text_replacement_offsets"
 # transformers' `sanitize_control_tokens` puts this character before control tokens in users' text.
 _NOT_SANITIZED = "(?<!\U000f0000)"
 
+
 class _SectionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of the tokenizer and of the image processor."""
 
