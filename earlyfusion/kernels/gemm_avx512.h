@@ -4,9 +4,9 @@
 // or two int16 for int8 and int4 weights. An output is the same to the bit in all four kinds of
 // kernels (see gemm.h):
 //
-// Streamed (`gemm_streamed`): a lane holds one of the 16 partial sums of an output. Four rows of
-// weights are multiplied with up to four rows of input, or two with up to eight, from their first
-// to their last column, with the sums in registers.
+// Streamed (`gemm_streamed`): a lane holds one of the 16 partial sums of an output. Eight rows of
+// weights are multiplied with one row of input, four with up to four, or two with up to eight, from
+// their first to their last column, with the sums in registers.
 //
 // Blocked (`gemm_blocked`, `gemm_blocked_int16`): the same lanes, but all rows of input are
 // multiplied with one block of columns of four rows of weights, which stays in the L1 cache, while
@@ -38,6 +38,7 @@ const int64_t PACKED_MR = 12;   // rows of input of a packed tile: 2 * 12 of 32 
 const int64_t GROUP_TILES = 4;  // tiles multiplied with a part of a panel while it is in L1
 const int64_t BLOCKED_MR = 6;   // rows of input of a blocked tile: 6 * 4 of 32 registers
 const int64_t KC_WORDS = 512;   // words of a row of weights in a block
+const int ROWS_FOR_ONE = 8;     // rows of weights that are read at once for one row of input
 
 // Tiled kernels. A tile of input and four rows of weights, of 1,024 words each, take 40 KB of the
 // L1 cache; a panel and the next one take less than the L2 cache.
@@ -414,29 +415,29 @@ void gemm_tiled(const Matrix& m, Range range, const uint32_t* x, int64_t x_strid
   }
 }
 
-// x [MR, bytes / 4] . w [4, bytes / 4], in words, with the sums in registers. With PREFETCH, it
+// x [MR, bytes / 4] . w [NW, bytes / 4], in words, with the sums in registers. With PREFETCH, it
 // prefetches the weights that lie `ahead` bytes further on.
-template <class Dot, int MR, bool PREFETCH>
+template <class Dot, int MR, int NW, bool PREFETCH>
 ALWAYS_INLINE void streamed_microkernel(const char* w, int64_t bytes, const uint32_t* x,
                                         int64_t x_stride, int64_t ahead, float* y,
                                         int64_t y_stride) {
-  floats16 sum[4 * MR] = {};
+  floats16 sum[NW * MR] = {};
   for (int64_t at = 0; at < bytes; at += 64, x += 16) {
     __m512i inputs[MR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; i++) keep_in_register(inputs[i] = load_words(x + i * x_stride));
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < NW; r++) {
       if (PREFETCH) _mm_prefetch(w + r * bytes + at + ahead, _MM_HINT_T1);
       __m512i v = load_words(w + r * bytes + at);
       if (MR > 1) keep_in_register(v);
 #pragma GCC unroll 4
-      for (int i = 0; i < MR; i++) sum[4 * i + r] = Dot::accumulate(sum[4 * i + r], v, inputs[i]);
+      for (int i = 0; i < MR; i++) sum[NW * i + r] = Dot::accumulate(sum[NW * i + r], v, inputs[i]);
     }
   }
   float out[16];
-  store(out, horizontal_sums<4 * MR>(sum));
-  for (int i = 0; i < MR; i++) std::memcpy(y + i * y_stride, out + 4 * i, 16);
+  store(out, horizontal_sums<NW * MR>(sum));
+  for (int i = 0; i < MR; i++) std::memcpy(y + i * y_stride, out + NW * i, 4 * NW);
 }
 
 // The same for 5 to 8 rows of input and two rows of weights.
@@ -458,14 +459,19 @@ ALWAYS_INLINE void streamed_microkernel_2(const char* w, int64_t bytes, const ui
 template <class Dot, int MR, bool PREFETCH>
 void streamed_rows(const char* w, int64_t bytes, int64_t count, const uint32_t* x, int64_t x_stride,
                    int64_t ahead, float* y, int64_t y_stride) {
-  const int step = MR > 4 ? 2 : 4;
-  for (int64_t n = 0; n < count; n += step)
-    if constexpr (MR > 4)
+  int64_t n = 0;
+  if constexpr (MR > 4)
+    for (; n < count; n += 2)
       streamed_microkernel_2<Dot, MR, PREFETCH>(w + n * bytes, bytes, x, x_stride, ahead, y + n,
                                                 y_stride);
-    else
-      streamed_microkernel<Dot, MR, PREFETCH>(w + n * bytes, bytes, x, x_stride, ahead, y + n,
-                                              y_stride);
+  if constexpr (MR == 1)
+    for (; n + ROWS_FOR_ONE <= count; n += ROWS_FOR_ONE)
+      streamed_microkernel<Dot, 1, ROWS_FOR_ONE, PREFETCH>(w + n * bytes, bytes, x, x_stride, ahead,
+                                                           y + n, y_stride);
+  if constexpr (MR <= 4)
+    for (; n < count; n += 4)
+      streamed_microkernel<Dot, MR, 4, PREFETCH>(w + n * bytes, bytes, x, x_stride, ahead, y + n,
+                                                 y_stride);
 }
 
 // y[row, n] = x[row] . m[n] for all rows of input and the n of the range; fp32, or bf16 with input
@@ -485,7 +491,9 @@ void gemm_streamed(const Matrix& m, Range range, const uint32_t* x, int64_t x_st
   const bool one_tile = R > 4 && R <= 8 && bytes / 4 <= (R <= 6 ? 704 : 1024);
   const int64_t max_mr = one_tile ? R : 4;
   // With many rows of input, 128 KB of weights stay in the L2 cache for all of them.
-  const int64_t width = R <= 16 ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / bytes / 4 * 4);
+  const int64_t width = R == 1    ? ROWS_FOR_ONE
+                        : R <= 16 ? 4
+                                  : std::max<int64_t>(4, (int64_t(1) << 17) / bytes / 4 * 4);
   for (int64_t n = range.begin; n < range.end; n += width) {
     const char* w = static_cast<const char*>(m.data) + n * bytes;
     for (int64_t row = 0; row < R; row += max_mr) {
