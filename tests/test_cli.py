@@ -721,7 +721,7 @@ def test_impossible_out_folder(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "file" / "out"
     for name in (out, tmp_path / "file", tmp_path / ("x" * 300)):
         result = run("generate", "Draw a cat.", "--out", name, "--model", "nowhere")
-        assert_refused(result, str(name), "--out")
+        assert_refused(result, str(name)[:100], "--out")  # a long name is cut
     assert_refused(run("demo", "--out", out), "--out")
     assert_refused(run("chat", "--out", out, "--model", "nowhere"), "--out")
 
