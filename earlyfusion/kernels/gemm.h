@@ -10,7 +10,7 @@
 // - blocked: all rows of input are multiplied with one block of columns of four rows of weights
 //   before the next; for some rows of input;
 // - tiled: up to eight rows of input are multiplied with a panel of weights before the next ones;
-//   for some rows of input on Zen 5;
+//   for some rows of input on AVX-512;
 // - packed: panels of weights are packed for a microkernel, as in GotoBLAS; for many rows of input.
 //
 // AVX-512 has all in gemm_avx512.h; AVX2 has blocked and packed ones in gemm_avx2_*.h. The streamed
