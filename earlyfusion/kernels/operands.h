@@ -249,7 +249,7 @@ struct LinearPrefetch {
   ALWAYS_INLINE void prefetch(int64_t lines) {
     lines = std::min(lines, left);
     left -= lines;
-    for (; lines > 0; lines--, at += 64) __builtin_prefetch(at, 0, 2);
+    for (; lines > 0; lines--, at += 64) ::prefetch(at, 0);
   }
 };
 
