@@ -41,7 +41,7 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.peers import peers_of
 from earlyfusion.engine.tensor_parallel import open_shard, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
-from earlyfusion.files import expanded
+from earlyfusion.files import expanded, unwritable
 from earlyfusion.generation import constraint, guidance
 from earlyfusion.generation.reference import Reader
 from earlyfusion.generation.request import (
@@ -320,10 +320,7 @@ class Chameleon:
                 family=lumina.FAMILY if lumina.is_layout(self.processor.layout) else "chameleon",
             )
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else "the disk reports an error"
-            raise CheckpointError(
-                f"{target} cannot be written ({reason}): free the disk or choose another folder"
-            ) from None
+            raise unwritable(target, error) from None
         return target
 
     @property

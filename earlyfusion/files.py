@@ -303,6 +303,18 @@ def full_disk_reported(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def reason_of(error: OSError) -> str:
+    """The system's words for an error, such as "No space left on device"."""
+    return os.strerror(error.errno) if error.errno else "the disk reports an error"
+
+
+def unwritable(folder: Path, error: OSError) -> CheckpointError:
+    """The error of a model folder that cannot be written."""
+    return CheckpointError(
+        f"{folder} cannot be written ({reason_of(error)}): free the disk or choose another folder"
+    )
+
+
 def is_full_disk(error: BaseException) -> bool:
     # numpy reports a short write without an errno.
     return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))

@@ -4,7 +4,6 @@ whatever the size of the model."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from earlyfusion.checkpoints.meta import (
 from earlyfusion.checkpoints.source import FiniteCheck, Source, Stored, card_files
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, SettingError
-from earlyfusion.files import new_folder
+from earlyfusion.files import new_folder, unwritable
 
 Layout = Literal["hf", "meta"]
 Progress = Callable[[int, int], None]
@@ -156,7 +155,7 @@ def _check_target(target: Path) -> None:
     try:
         is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     except OSError as error:
-        raise _unwritable(target, error) from None
+        raise unwritable(target, error) from None
     if not is_free:
         raise CheckpointError(f"{target} is there already: choose another folder or remove it")
 
@@ -189,14 +188,7 @@ def _write(
             for path in card_files(source.folder):
                 shutil.copyfile(path, unfinished / path.name)
     except OSError as error:
-        raise _unwritable(target, error) from None
-
-
-def _unwritable(target: Path, error: OSError) -> CheckpointError:
-    reason = os.strerror(error.errno) if error.errno else "the disk refuses"
-    return CheckpointError(
-        f"{target} cannot be written ({reason}): free the disk or choose another folder"
-    )
+        raise unwritable(target, error) from None
 
 
 def _check_room(target: Path, total: int) -> None:

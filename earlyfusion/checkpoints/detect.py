@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from earlyfusion.checkpoints.hub import download_model, is_hub_id
 from earlyfusion.checkpoints.meta import open_meta
 from earlyfusion.checkpoints.source import Source, read_json
 from earlyfusion.errors import CheckpointError
-from earlyfusion.files import expanded
+from earlyfusion.files import expanded, reason_of
 
 EMBEDDED = ("mini",)
 _PRETRAINED = Path(__file__).parent.parent / "pretrained"
@@ -138,8 +137,7 @@ def locate(name: str | Path) -> Path:
     try:
         is_here = folder.is_dir()
     except OSError as error:  # a name that is too long, or a folder that may not be read
-        reason = os.strerror(error.errno) if error.errno else "the disk reports an error"
-        raise CheckpointError(f"{name} cannot be read ({reason}): {_ACCEPTED}") from None
+        raise CheckpointError(f"{name} cannot be read ({reason_of(error)}): {_ACCEPTED}") from None
     # org/name may also be a folder here, which takes precedence.
     if is_here or not is_hub_id(str(name)):
         return folder
