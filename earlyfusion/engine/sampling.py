@@ -284,12 +284,12 @@ class TokenSampler:
             # Neither temperature nor truncation changes which logit is the largest.
             return head.ids_V[logits_BV.argmax(-1)]
         settings = self._settings_per_position(group, handles)
-        windows = [handle.window for handle in handles if handle.window is not None]
         if any(handle.settings.truncates for handle in handles):
             logits_BV = warp(logits_BV, settings)
         else:
             logits_BV = logits_BV / settings.temperature_B.to(logits_BV.dtype)[:, None]
-        if windows:
+        if group.in_windows:
+            windows = [handle.window for handle in handles if handle.window is not None]
             columns = [[head.column_of[token] for token in window.drafts] for window in windows]
             return head.ids_V[jacobi.sample(windows, columns, logits_BV)]
         uniforms = [uniform for handle in handles for uniform in handle.uniforms]
