@@ -1,4 +1,4 @@
-"""Dataclass fields as their source states them: types, defaults, and the texts below them."""
+"""Dataclass fields: what their source states about them, and checks of their values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from earlyfusion.errors import SettingError
 
 
 class Field(NamedTuple):
@@ -41,6 +43,22 @@ def meanings(config: type) -> dict[str, str]:
         rows = _annotated(node.body) if isinstance(node, ast.ClassDef) else ()
         found |= {ast.unparse(row.target): meaning for row, meaning in rows if meaning}
     return found
+
+
+def check_at_least(config: object, **limits: float) -> None:
+    """Raise `SettingError` if a field of the config is below the limit given under its name."""
+    for name, limit in limits.items():
+        if getattr(config, name) < limit:
+            raise SettingError(f"{name}={getattr(config, name)} must be {limit} or more")
+
+
+def check_shares(config: object, *names: str, below_one: bool = False) -> None:
+    """Raise `SettingError` if one of these fields is not from 0 to 1, or is 1 and `below_one`."""
+    for name in names:
+        share = getattr(config, name)
+        if not 0 <= share <= 1 or (below_one and share == 1):
+            limits = "at least 0 and below 1" if below_one else "a share from 0 to 1"
+            raise SettingError(f"{name}={share} must be {limits}")
 
 
 def _annotated(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AnnAssign, str]]:

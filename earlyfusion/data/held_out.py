@@ -9,6 +9,7 @@ import numpy as np
 
 from earlyfusion.data.mixture import Documents
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.fields import check_at_least
 from earlyfusion.processor import TokenSequence
 
 MOST_DOCUMENTS = 500
@@ -36,9 +37,7 @@ class ValidationConfig:
             raise SettingError(
                 f"validation={self.validation} and validation_data: give a share or files, not both"
             )
-        for name in ("validate_every", "patience"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 or more")
+        check_at_least(self, validate_every=0, patience=0)
         if (self.patience or self.validate_every) and not self.is_on:
             raise SettingError(
                 f"patience={self.patience} and validate_every={self.validate_every} need documents "

@@ -32,6 +32,7 @@ from earlyfusion.data.images import to_pixels
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_at_least
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import caption_pairs, messages_of
 from earlyfusion.mini.image_tokenizer import AugmentConfig, augment_image
@@ -41,7 +42,7 @@ from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
 from earlyfusion.train.curves import curves_of, draw_charts
-from earlyfusion.train.language import LanguageTask, check_fields
+from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.loss import next_token_loss
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig
@@ -91,7 +92,7 @@ class AblationsConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, held_out=1)
+        check_at_least(self, held_out=1)
         if not self.rates or min(self.rates) <= 0:
             raise SettingError(
                 f"rates={','.join(map(str, self.rates))} must be one or more learning rates over 0"

@@ -16,6 +16,7 @@ from earlyfusion.config import ModelConfig
 from earlyfusion.data.packing import RoleWeights
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.fields import check_at_least, check_shares
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.mini.emoji.dialogues import Sample, texts_of
@@ -23,7 +24,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.train import checkpoint
-from earlyfusion.train.language import check_dropout, check_fields, job_of
+from earlyfusion.train.language import job_of
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import Job
 from earlyfusion.train.samples import PromptedImages, encoded_prompts
@@ -64,8 +65,8 @@ class StageConfig:
     weights: RoleWeights = field(default_factory=RoleWeights)
 
     def __post_init__(self) -> None:
-        check_fields(self, rows=1, length=1, z_weight=0)
-        check_dropout(self.dropout)
+        check_at_least(self, rows=1, length=1, z_weight=0)
+        check_shares(self, "dropout", below_one=True)
 
     def job(self) -> Job:
         """The input of `earlyfusion train RECIPE --plan`."""

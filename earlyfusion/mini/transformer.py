@@ -25,6 +25,7 @@ from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.images import to_pixels
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_at_least, check_shares
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import (
     Sample,
@@ -45,7 +46,7 @@ from earlyfusion.mini.stage import (
 )
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence
-from earlyfusion.train.language import LanguageTask, check_fields
+from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout
@@ -102,10 +103,8 @@ class DocumentsConfig:
     """Share of the codes of a changed image in a prompt that are replaced by a near codeword."""
 
     def __post_init__(self) -> None:
-        check_fields(self, dialogues=1, variants=1)
-        for name in ("korean", "unchanged", "bare", "noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
+        check_at_least(self, dialogues=1, variants=1)
+        check_shares(self, "korean", "unchanged", "bare", "noise")
         if min(*self.shares) < 0:
             raise SettingError(
                 f"pairs={self.pairs}, usual={self.usual} and studies={self.studies} are shares: "

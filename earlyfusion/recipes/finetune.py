@@ -35,6 +35,7 @@ from earlyfusion.data.held_out import ValidationConfig, held_out_documents
 from earlyfusion.data.mixture import PrefetchedStream
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.fields import check_at_least
 from earlyfusion.files import expanded
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Block, Transformer
@@ -75,9 +76,7 @@ class FinetuneConfig(LanguageConfig):
             raise SettingError(f"trainable={self.trainable!r} is unknown: choose all or image_head")
         if self.lora and self.trainable != "all":
             raise SettingError(f"lora={self.lora} and trainable={self.trainable}: choose one")
-        for name in ("lora", "alpha", "workers"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 or more")
+        check_at_least(self, lora=0, alpha=0, workers=0)
         if self.alpha and not self.lora:
             raise SettingError(f"alpha={self.alpha:g} scales adapters: give their rank, as lora=16")
         if not self.merge and not self.lora:

@@ -43,7 +43,7 @@ from earlyfusion.data.images import (
 )
 from earlyfusion.data.mixture import PrefetchedStream
 from earlyfusion.data.rows import Quarantine
-from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_at_least
 from earlyfusion.train.folder import check_same_data, notes_folder
 from earlyfusion.train.image_tokenizer import (
     HeldOut,
@@ -68,8 +68,7 @@ class SquaresConfig(ImageTokenizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers < 0:
-            raise SettingError(f"workers={self.workers} must be 0 or more")
+        check_at_least(self, workers=0)
 
 
 def open_batches(

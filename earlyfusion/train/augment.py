@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_shares
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,8 @@ class ChangeConfig:
     """Share of the images that stay as they are."""
 
     def __post_init__(self) -> None:
-        for name in ("grey", "unchanged"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
-        for name in ("shift", "scale", "contrast", "tint"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        check_shares(self, "grey", "unchanged")
+        check_shares(self, "shift", "scale", "contrast", "tint", below_one=True)
         if not 0 <= self.turn <= 180:
             raise SettingError(f"turn={self.turn} must be 0 to 180 degrees")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from earlyfusion.data.packing import PackedBatch, RoleWeights, Share
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.fields import check_shares
 from earlyfusion.files import replacing
 from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
 
@@ -151,9 +152,9 @@ class CodeNoiseConfig:
     """
 
     def __post_init__(self) -> None:
-        for name in ("replace", "replace_prompts", "near", "changed_answers", "swapped_answers"):
-            if not 0 <= (getattr(self, name) or 0) <= 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
+        check_shares(self, "replace", "near", "changed_answers", "swapped_answers")
+        if self.replace_prompts is not None:
+            check_shares(self, "replace_prompts")
 
     @property
     def in_prompts(self) -> float:

@@ -16,6 +16,7 @@ from earlyfusion.config import ModelConfig
 from earlyfusion.data.corpus import CorpusConfig
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights, Rows, Stream
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_at_least, check_shares
 from earlyfusion.kernels.fused import CausalAttend
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.transformer import Transformer
@@ -56,8 +57,8 @@ class LanguageConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self, rows=1, micro_rows=0, length=0, z_weight=0)
-        check_dropout(self.dropout)
+        check_at_least(self, rows=1, micro_rows=0, length=0, z_weight=0)
+        check_shares(self, "dropout", below_one=True)
         if self.micro_rows and self.rows % self.micro_rows:
             raise SettingError(
                 f"rows={self.rows} cannot be computed micro_rows={self.micro_rows} at a time: "
@@ -85,19 +86,6 @@ class LanguageConfig:
         """The training of `model` on rows of `length` tokens, packed from `stream`."""
         packer = Packer(stream, self.weights, self.rows, length, pad)
         return LanguageTask(model, packer, self.z_weight, self.micro_rows)
-
-
-def check_fields(config: object, **least: float) -> None:
-    """Raise `SettingError` if a field of the config is below the number given under its name."""
-    for name, bound in least.items():
-        if getattr(config, name) < bound:
-            raise SettingError(f"{name}={getattr(config, name)} must be {bound} or more")
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise `SettingError` if this is not a rate of dropout."""
-    if not 0 <= dropout < 1:
-        raise SettingError(f"dropout={dropout} must be at least 0 and below 1")
 
 
 def job_of(shape: ModelConfig, run: RunConfig, rows: int, length: int, dropout: float) -> Job:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from earlyfusion import parallel
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_at_least, check_shares
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -69,12 +70,8 @@ class OptimConfig:
             )
         if self.eps <= 0:  # a weight whose gradient is 0 would become 0 / 0
             raise SettingError(f"eps={self.eps} must be positive")
-        for name in ("warmup_steps", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 or more")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        check_at_least(self, warmup_steps=0, weight_decay=0, clip=0)
+        check_shares(self, "beta1", "beta2", below_one=True)
 
 
 def check_warmup(config: OptimConfig, steps: int) -> str:

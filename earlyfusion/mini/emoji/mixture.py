@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_shares
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import (
     Sample,
@@ -86,8 +87,7 @@ class MixtureConfig:
                 f"documents={self.documents}, workers={self.workers} and made={self.made} must be "
                 "at least 1"
             )
-        if not 0 <= self.wordings <= 1:
-            raise SettingError(f"wordings={self.wordings} must be a share from 0 to 1")
+        check_shares(self, "wordings")
         shares = [getattr(self, name) for name in SOURCES]
         if min(shares) < 0 or not sum(shares):
             raise SettingError(
