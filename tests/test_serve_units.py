@@ -100,6 +100,18 @@ def refused(kind: type[StrictModel], body: Any, lenient: bool = False) -> ApiErr
             "text.format.schema",
             "schema=5",
         ),
+        (
+            ResponseRequest,
+            {"input": "a", "tools": [{"type": "function", "name": "f", "parameters": {}}]},
+            "tools[0].type",
+            "tools[0].type='function' is not possible: this model calls no tools but",
+        ),
+        (
+            ResponseRequest,
+            {"input": "a", "tool_choice": {"type": "function", "name": "f"}},
+            None,
+            "calls no tools but image_generation",
+        ),
         (ChatRequest, CHAT | {"reasoning_effort": "low"}, None, "does not reason"),
         (ChatRequest, CHAT | {"modalities": ["text", "audio"]}, "modalities[1]", "'audio'"),
         (ChatRequest, CHAT | {"modalities": []}, "modalities", "modalities is empty"),

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -22,7 +23,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from earlyfusion.serve.errors import ApiError
 
@@ -568,10 +569,20 @@ InputItem = Annotated[
 ]
 
 
+def _check_tool_type(value: Any) -> Any:
+    if isinstance(value, str) and value != "image_generation":
+        why = "this model calls no tools but image_generation: leave it out"
+        raise PydanticCustomError("other_tool", why)
+    return value
+
+
+_ImageToolType = Annotated[Literal["image_generation"], BeforeValidator(_check_tool_type)]
+
+
 class ImageTool(StrictModel):
     """The tool that allows images in a reply."""
 
-    type: Literal["image_generation"]
+    type: _ImageToolType
     model: str | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     size: str | None = None
@@ -590,7 +601,7 @@ class ImageTool(StrictModel):
 
 
 class ToolName(StrictModel):
-    type: Literal["image_generation"]
+    type: _ImageToolType
 
 
 class TextFormat(StrictModel):
