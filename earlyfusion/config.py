@@ -21,17 +21,30 @@ class VQConfig:
     """Shape of the VQ-GAN. An image of side `resolution` becomes (resolution / stride)^2 codes."""
 
     embed_dim: int = 256
+    """Width of a codeword."""
     num_embeddings: int = 8192
+    """Codewords in the codebook."""
     double_latent: bool = False
+    """Whether the encoder's last convolution has twice the `latent_channels`."""
     latent_channels: int = 256
+    """Channels of the latents that the encoder makes and the decoder reads."""
     resolution: int = 512
+    """Side of the square image, in pixels."""
     in_channels: int = 3
+    """Channels of an image."""
     base_channels: int = 128
+    """Channels of the first level, a multiple of 32."""
     channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Per level, its channels as a multiple of `base_channels`. Each level but the last halves the
+    side."""
     num_res_blocks: int = 2
+    """Residual blocks per level of the encoder; the decoder has one more."""
     attn_resolutions: tuple[int, ...] = ()
+    """Sides of feature maps, in pixels: the blocks of these levels have attention."""
     dropout: float = 0.0
+    """Share of the activations that the residual blocks drop while training."""
     attn_type: str = "vanilla"
+    """vanilla: with attention in the middle and at `attn_resolutions`; any other: without."""
 
     def __post_init__(self) -> None:
         for name in ("channel_multiplier", "attn_resolutions"):
@@ -84,31 +97,50 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the transformer. `swin_norm` norms the outputs of attention and MLP, as in the 34B.
-    `hidden_act` is one of transformers' names. `rope_scaling` holds `rope_type` and the other
-    `rope_parameters` of transformers, except `rope_theta`. A config may describe a model that
-    cannot be built; `check`, and building it, raise then."""
+    """Shape of the transformer. A config may describe a model that cannot be built; `check`, and
+    building it, raise then."""
 
     vocab_size: int = 65536
+    """Tokens of text and images."""
     hidden_size: int = 4096
+    """Width of the residual stream."""
     intermediate_size: int = 11008
+    """Width inside the MLP."""
     num_hidden_layers: int = 32
+    """Layers."""
     num_attention_heads: int = 32
+    """Query heads per layer; each is `hidden_size / num_attention_heads` wide."""
     num_key_value_heads: int | None = None
+    """Key and value heads per layer, shared by groups of query heads (None: one per query head)."""
     max_position_embeddings: int = 4096
+    """Context, in tokens."""
     rms_norm_eps: float = 1e-5
+    """What RMSNorm adds to the mean square."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     rope_scaling: dict[str, Any] | None = None
+    """transformers' `rope_parameters` with `rope_type`, without `rope_theta` (None: plain RoPE)."""
     swin_norm: bool = False
+    """Whether the outputs of attention and MLP are normed instead of their inputs (the 34B; paper,
+    section 2.3)."""
     attention_bias: bool = False
+    """Whether the projections of attention have biases."""
     mlp_bias: bool = False
+    """Whether the projections of the MLP have biases."""
     tie_word_embeddings: bool = False
+    """Whether the output head has the weights of the input embedding."""
     initializer_range: float = 0.02
+    """Standard deviation of new weights."""
     hidden_act: str = "silu"
+    """Activation of the MLP, by its name in transformers."""
     model_parallel_size: int = 1
+    """Files that a checkpoint of Meta is split into."""
     bos_token_id: int = 0
+    """Begins every prompt."""
     eos_token_id: int | list[int] = 2
+    """Ends a reply; any of them, if a list."""
     pad_token_id: int | None = 1
+    """Fills the shorter rows of a batch."""
     vq_config: VQConfig = field(default_factory=VQConfig)
 
     def check(self) -> None:
