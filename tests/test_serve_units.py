@@ -113,6 +113,8 @@ def refused(kind: type[StrictModel], body: Any, lenient: bool = False) -> ApiErr
             "calls no tools but image_generation",
         ),
         (ChatRequest, CHAT | {"reasoning_effort": "low"}, None, "does not reason"),
+        (CompletionRequest, {"prompt": "a", "ignore_eos": True}, "ignore_eos", "only false"),
+        (CompletionRequest, {"prompt": "a", "min_tokens": 5}, "min_tokens", "only 0"),
         (ChatRequest, CHAT | {"modalities": ["text", "audio"]}, "modalities[1]", "'audio'"),
         (ChatRequest, CHAT | {"modalities": []}, "modalities", "modalities is empty"),
         (ChatRequest, CHAT | {"n": 0}, "n", "n=0 is not possible"),
@@ -226,6 +228,10 @@ def test_values_that_change_nothing_are_accepted() -> None:
         "temperature": None,
         "functions": None,
         "reasoning_effort": "none",
+        "ignore_eos": False,
+        "min_tokens": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": False},
     }
     plain, ignored = read(ChatRequest, body)
     assert (plain.user, ignored) == ("u", [])

@@ -299,6 +299,7 @@ class ChatMessage(StrictModel):
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 _NO_TOOLS = "this model calls no tools: leave it out"
@@ -307,6 +308,8 @@ _CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -327,6 +330,8 @@ _CHAT_WHY_NOT = {
     "frequency_penalty": "only 0 is possible: use repetition_penalty",
     "presence_penalty": "only 0 is possible: use repetition_penalty",
     "logit_bias": "only {} is possible: use bad_words or allowed_words",
+    "ignore_eos": "only false is possible: a reply ends where the model ends it",
+    "min_tokens": "only 0 is possible: a reply ends where the model ends it",
     "structured_outputs": "use response_format, with the type json_schema, regex or grammar",
     "reasoning_effort": "this model does not reason: use none, or leave it out",
     "audio": "this model has text and images only: leave it out",
