@@ -89,12 +89,12 @@ class Writer:
     ) -> None:
         self.pools, self.rng, self.further = pools, rng, further
         self.wordings, self.varied = wordings, varied
-        self.wider_prompts = False
+        self.further_prompts = False
 
     def write(self, task: str, lang: str) -> Sample | None:
         """One sample of the task, whose `rows` are those of its images."""
         # No random number for further=0: the published samples were made without this one.
-        self.wider_prompts = self.further > 0 and self.rng.random() < self.further
+        self.further_prompts = self.further > 0 and self.rng.random() < self.further
         return TASKS[task][1](self, lang)
 
     # ---- choices
@@ -136,17 +136,17 @@ class Writer:
             if template is not None:
                 return add_typing_noise(template.format(**words), self.rng)
         prompts = PROMPTS[table][lang]
-        choices = prompts.further if self.wider_prompts else prompts.published
+        choices = prompts.further if self.further_prompts else prompts.published
         text = choices[0] if len(choices) == 1 else self.pick(choices)
         text = text.format(**words)
-        if self.wider_prompts and self.rng.random() < 0.12:
+        if self.further_prompts and self.rng.random() < 0.12:
             text = text[:1].lower() + text[1:].rstrip(".")
         return text
 
     def ask(self, rows: Sequence[Row], question: str) -> dict[str, Any]:
-        """The user's turn about some images; with wider prompts the question may come first."""
+        """The user's turn about some images; with further prompts the question may come first."""
         images = [image_part(r) for r in rows]
-        if self.wider_prompts and self.rng.random() < 0.2:
+        if self.further_prompts and self.rng.random() < 0.2:
             return user(text_part(question), *images)
         return user(*images, text_part(question))
 
@@ -221,13 +221,15 @@ class Writer:
         return self.yes_or_no(lang, [row], question, yes)
 
     def yesno_kind(self, lang: str) -> Sample | None:
-        if not self.pools.clear:
+        if not self.pools.subgroups_of_four:
             return None
-        subgroup = self.pick(self.pools.clear)
+        subgroup = self.pick(self.pools.subgroups_of_four)
         row = self.pick(self.pools.by_subgroup[subgroup])
         yes = self.rng.random() < 0.5
         named = (
-            subgroup if yes else self.find(self.pools.clear, lambda s: not too_similar(subgroup, s))
+            subgroup
+            if yes
+            else self.find(self.pools.subgroups_of_four, lambda s: not too_similar(subgroup, s))
         )
         if named is None:
             return None
@@ -235,9 +237,9 @@ class Writer:
         return self.yes_or_no(lang, [row], self.prompt("yesno_kind", lang, kind=kind), yes)
 
     def category(self, lang: str) -> Sample | None:
-        if not self.pools.clear:
+        if not self.pools.subgroups_of_four:
             return None
-        row = self.pick(self.pools.by_subgroup[self.pick(self.pools.clear)])
+        row = self.pick(self.pools.by_subgroup[self.pick(self.pools.subgroups_of_four)])
         question = self.prompt("category", lang)
         return self.text_sample([self.ask([row], question)], kind_of(row, lang), [row])
 
@@ -283,19 +285,19 @@ class Writer:
 
     def common(self, lang: str) -> Sample | None:
         count = self.pick([2, 3])
-        if not self.pools.clear:
+        if not self.pools.subgroups_of_four:
             return None
-        rows = self.distinct(self.pools.by_subgroup[self.pick(self.pools.clear)], count)
+        rows = self.distinct(self.pools.by_subgroup[self.pick(self.pools.subgroups_of_four)], count)
         if not rows:
             return None
         question = self.prompt("common", lang)
         return self.text_sample([self.ask(rows, question)], kind_of(rows[0], lang), rows)
 
     def odd(self, lang: str) -> Sample | None:
-        if not self.pools.clear:
+        if not self.pools.subgroups_of_four:
             return None
-        subgroup = self.pick(self.pools.clear)
-        other = self.find(self.pools.clear, lambda s: not too_similar(subgroup, s))
+        subgroup = self.pick(self.pools.subgroups_of_four)
+        other = self.find(self.pools.subgroups_of_four, lambda s: not too_similar(subgroup, s))
         rows = self.distinct(self.pools.by_subgroup[subgroup], 2)
         if not other or not rows:
             return None
@@ -342,7 +344,7 @@ class Writer:
 
     def draw(self, lang: str) -> Sample:
         row = self.row()
-        styled = self.rng.random() < (0.4 if self.wider_prompts else 0.7)
+        styled = self.rng.random() < (0.4 if self.further_prompts else 0.7)
         row = row if styled else self.usual(row)
         name = self.coloured(row, lang)
         table = "draw_styled" if styled else "draw"
@@ -354,13 +356,13 @@ class Writer:
 
         With `varied` it is any image of the thing, so that seeds give different images.
         """
-        first = self.wider_prompts and not self.varied
+        first = self.further_prompts and not self.varied
         return self.pools.by_concept[row["codepoints"]][0] if first else row
 
     def coloured(self, row: Row, lang: str) -> str:
-        """The name; with wider prompts sometimes with the image's clear colour: "yellow taxi"."""
+        """The name; with further prompts sometimes with the image's clear colour: "yellow taxi"."""
         name = name_of(row, lang)
-        if not self.wider_prompts or row["group"] in UNCOLOURED_GROUPS or self.rng.random() > 0.3:
+        if not self.further_prompts or row["group"] in UNCOLOURED_GROUPS or self.rng.random() > 0.3:
             return name
         colour = main_colour(row, lang)
         if not colour or COLOUR_IN_NAME.search(name) or COLOUR_IN_NAME.search(row["en"]):
@@ -407,7 +409,7 @@ class Writer:
         style_word = style_of(rows[0], lang)
         with_style = f" in {style_word} style" if lang == "en" else f"{style_word} 스타일로 "
         number = NUMBERS[lang][count]
-        if self.wider_prompts and self.rng.random() < 0.2:
+        if self.further_prompts and self.rng.random() < 0.2:
             number = str(count)
         question = self.prompt(
             "list_draw", lang, kind=kind, num=number, st=with_style if styled else ""
@@ -426,12 +428,12 @@ class Writer:
 
     def listed_kind(self, lang: str) -> tuple[str, list[Row], str]:
         """The subgroup of a list: its name in the language, its rows, and its id."""
-        if self.wider_prompts and self.rng.random() < 0.25:
+        if self.further_prompts and self.rng.random() < 0.25:
             prefix = self.pick(list(WIDE_KINDS))
-            return WIDE_KINDS[prefix][lang], self.pools.wide[prefix], prefix
-        if not self.pools.large:
+            return WIDE_KINDS[prefix][lang], self.pools.rows_by_wide_kind[prefix], prefix
+        if not self.pools.subgroups_of_six:
             return "", [], ""
-        subgroup = self.pick(self.pools.large)
+        subgroup = self.pick(self.pools.subgroups_of_six)
         rows = self.pools.by_subgroup[subgroup]
         return kind_of(rows[0], lang), rows, subgroup
 
@@ -458,14 +460,14 @@ class Writer:
             ("then_name", name_of(row, lang)),
             ("then_translate", name_of(row, "ko" if lang == "en" else "en")),
         ]
-        return self.pick(choices) if self.wider_prompts else choices[0]
+        return self.pick(choices) if self.further_prompts else choices[0]
 
     def chat_caption_follow(self, lang: str) -> Sample:
-        """A name, then the same in the other language; with wider prompts also other questions."""
+        """A name, then the same in the other language; with further prompts also other turns."""
         sample = self.caption(lang)
         row: Row = sample["rows"][0]
         others = [r for r in self.pools.by_concept[row["codepoints"]] if r["style"] != row["style"]]
-        choice = self.rng.random() if self.wider_prompts else 1.0
+        choice = self.rng.random() if self.further_prompts else 1.0
         if choice < 0.25:
             turn = user(text_part(self.prompt("then_kind", lang)))
             return self.text_sample([*sample["messages"], turn], kind_of(row, lang), [row])
@@ -504,7 +506,7 @@ TASKS: dict[str, tuple[float, Callable[[Writer, str], Sample | None]]] = {
 class Dialogues:
     """An endless stream of samples; every `iter()` starts it again at the first.
 
-    `korean` is the share of Korean samples, `further` the share written with the wider prompts,
+    `korean` is the share of Korean samples, `further` the share written with the further prompts,
     `tasks` new weights of some tasks (0 leaves a task out). `wordings` is the share of requests
     that are composed, with typing noise (`wordings.compose_request`). With `varied`, any image of
     a thing may answer a request without a style. Samples may repeat; `generate` drops repeats.
@@ -639,7 +641,7 @@ def studies(
     for number in range(n):
         if number % len(rows) == 0:
             rng.shuffle(rows)
-        writer.wider_prompts = rng.random() < writer.further
+        writer.further_prompts = rng.random() < writer.further
         yield {"task": "study", "split": split, **writer.study(rows[number % len(rows)], turns)}
 
 
@@ -693,7 +695,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=20_000, help="how many samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--korean", type=float, default=0.4, help="share of Korean samples")
-    parser.add_argument("--further", type=float, default=0.5, help="share with the wider prompts")
+    parser.add_argument("--further", type=float, default=0.5, help="share with the further prompts")
     parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
     args = parser.parse_args(arguments)
     try:

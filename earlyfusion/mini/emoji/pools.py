@@ -18,7 +18,7 @@ VAGUE = set(
     "punctuation person hand-prop event light-video music gender place-geographic".split()
 )
 # Subgroups too similar to be contrasted in one question.
-NEAR = [
+SIMILAR = [
     set(line.split())
     for line in (
         "country-flag flag subdivision-flag",
@@ -43,7 +43,7 @@ NEAR = [
 
 def too_similar(one: str, other: str) -> bool:
     """Whether two subgroups look too similar to be contrasted in a question."""
-    return one == other or any(one in group and other in group for group in NEAR)
+    return one == other or any(one in group and other in group for group in SIMILAR)
 
 
 def name_of(row: Row, lang: str) -> str:
@@ -81,9 +81,10 @@ def names_by_count(data: EmojiData) -> dict[str, int]:
 class Pools:
     """The rows of one split that questions may use, all and by concept and subgroup.
 
-    `in_two_styles` are concepts with images in several styles. `clear` and `large` are subgroups of
-    at least four and six concepts that visibly share a kind. `wide` are rows by a kind wider than a
-    subgroup. Raises `DataError` for an empty split.
+    `in_two_styles` are concepts with images in several styles. `subgroups_of_four` and
+    `subgroups_of_six` have at least so many concepts, which visibly share a kind.
+    `rows_by_wide_kind` are rows by a kind wider than a subgroup. Raises `DataError` for an empty
+    split.
     """
 
     def __init__(self, data: EmojiData, split: str) -> None:
@@ -101,9 +102,9 @@ class Pools:
         self.in_two_styles = [
             c for c in self.concepts if len({r["style"] for r in self.by_concept[c]}) > 1
         ]
-        self.clear = self._subgroups(at_least=4)
-        self.large = self._subgroups(at_least=6)
-        self.wide = {
+        self.subgroups_of_four = self._subgroups(at_least=4)
+        self.subgroups_of_six = self._subgroups(at_least=6)
+        self.rows_by_wide_kind = {
             prefix: [r for r in self.rows if r["subgroup"].startswith(prefix + "-")]
             for prefix in WIDE_KINDS
         }
