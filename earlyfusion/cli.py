@@ -487,7 +487,7 @@ def gallery(
     as_json: AsJson = False,
 ) -> None:
     """Generate images of several prompts with the first seeds, unselected, on one sheet."""
-    from earlyfusion.files import check_writable, taken, write_whole
+    from earlyfusion.files import check_writable, path_exists_error, write_whole
     from earlyfusion.terminal import Screen, grid_writer, image_grid
 
     texts, first = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
@@ -495,7 +495,7 @@ def gallery(
         raise SettingError(f"--count {count} is not possible: give 1 to {_MAX_SEEDS}")
     write = grid_writer(out)
     if os.path.lexists(out) and not overwrite:
-        raise taken(out)
+        raise path_exists_error(out)
     check_writable(out.parent)
     seeds = list(range(first, first + count))
     chameleon, screen = _load(**asdict(loading), quiet=as_json), Screen(as_json)
@@ -534,13 +534,13 @@ def encode(
 ) -> None:
     """Encode images to codes: one tensor "codes" of n x h x w integers."""
     from earlyfusion.checkpoints.codes import check_name, save_codes
-    from earlyfusion.files import check_writable, taken
+    from earlyfusion.files import check_writable, path_exists_error
 
     if mode is not None and fit not in (None, mode == "fit"):
         raise SettingError(f"--mode {mode} and --{'fit' if fit else 'crop'} differ: give one")
     check_name(out)
     if os.path.lexists(out) and not overwrite:
-        raise taken(out)
+        raise path_exists_error(out)
     _check_pipe(images)
     opened_images = [_image(name) for name in images]
     check_writable(out.parent)

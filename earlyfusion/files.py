@@ -96,19 +96,19 @@ def flush_to_disk(path: Path) -> None:
 def write_whole(path: Path, write: Write, overwrite: bool = False) -> None:
     """Write a file with `write(file)`, creating missing folders, which are removed on failure.
     Raises `SettingError` if it cannot be written, or exists and `overwrite` is False."""
-    with _beside(path, write) as part:
+    with _written_beside(path, write) as part:
         if overwrite:
             os.replace(part, path)
-        elif not _placed(part, path):
-            raise taken(path)
+        elif not _give_free_name(part, path):
+            raise path_exists_error(path)
 
 
 def write_next(folder: Path, stem: str, suffix: str, write: Write, first: int = 1) -> Path:
     """Write `folder/stem-N.suffix` with the next free number N, from `first` up; returns its path.
     Safe with other processes that write there: each gets a different number."""
     number = first
-    with _beside(folder / f"{stem}{suffix}", write) as part:
-        while not _placed(part, path := folder / f"{stem}-{number}{suffix}"):
+    with _written_beside(folder / f"{stem}{suffix}", write) as part:
+        while not _give_free_name(part, path := folder / f"{stem}-{number}{suffix}"):
             number += 1
     return path
 
@@ -123,7 +123,7 @@ def next_number(folder: Path, stem: str, suffix: str) -> int:
     return max((int(match[1]) for match in found if match), default=0) + 1
 
 
-def taken(path: Path) -> SettingError:
+def path_exists_error(path: Path) -> SettingError:
     """The error for a path that exists and must not be replaced."""
     return SettingError(
         f"{path} is there already: choose another name, or replace it with --overwrite"
@@ -134,10 +134,10 @@ def check_writable(folder: Path) -> None:
     """Raise `SettingError` unless files, or the folder itself, can be created."""
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+        is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
     except OSError:
-        good = False
-    if not good:
+        is_writable = False
+    if not is_writable:
         raise SettingError(
             f"{folder} cannot be made or written to: choose another folder with --out"
         )
@@ -244,7 +244,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _beside(path: Path, write: Write) -> Iterator[Path]:
+def _written_beside(path: Path, write: Write) -> Iterator[Path]:
     """The finished contents under a hidden name in the folder of `path`, removed after the block.
     An `OSError`, also one of the block, becomes a `SettingError` about `path`."""
     part = path.with_name(f".{secrets.token_hex(8)}.part")
@@ -264,7 +264,7 @@ def _beside(path: Path, write: Write) -> Iterator[Path]:
         ) from None
 
 
-def _placed(part: Path, path: Path) -> bool:
+def _give_free_name(part: Path, path: Path) -> bool:
     """Give a finished file its name, unless the name is taken."""
     try:
         os.link(part, path)
@@ -272,11 +272,11 @@ def _placed(part: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        return _claimed(part, path)
+        return _give_free_name_without_links(part, path)
 
 
-def _claimed(part: Path, path: Path) -> bool:
-    """`_placed` on a disk without hard links: take the name first, then fill the file."""
+def _give_free_name_without_links(part: Path, path: Path) -> bool:
+    """`_give_free_name` on a disk without hard links: take the name first, then fill the file."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except FileExistsError:

@@ -165,14 +165,14 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         SequenceParallel,
     )
 
-    by_token, whole = Shard(1), Replicate()
+    by_token, replicated = Shard(1), Replicate()
     gather_states = PrepareModuleInput(  # the rotary tables and `attend` are not split
-        input_layouts=(by_token, None, None), desired_input_layouts=(whole, None, None)
+        input_layouts=(by_token, None, None), desired_input_layouts=(replicated, None, None)
     )
     block = "model.layers.*."
     return {
         # Each process looks up the tokens in its part of the vocabulary; the sum is scattered.
-        "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=by_token),
+        "model.embed_tokens": RowwiseParallel(input_layouts=replicated, output_layouts=by_token),
         block + "input_layernorm": SequenceParallel(use_local_output=True),
         block + "self_attn": gather_states,
         block + "self_attn.q_proj": ColwiseParallel(),
@@ -182,13 +182,13 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         block + "self_attn.k_norm": _by_heads(),
         block + "self_attn.o_proj": RowwiseParallel(output_layouts=by_token),
         block + "post_attention_layernorm": SequenceParallel(use_local_output=True),
-        block + "mlp": PrepareModuleInput(input_layouts=by_token, desired_input_layouts=whole),
+        block + "mlp": PrepareModuleInput(input_layouts=by_token, desired_input_layouts=replicated),
         block + "mlp.gate_proj": ColwiseParallel(),
         block + "mlp.up_proj": ColwiseParallel(),
         block + "mlp.down_proj": RowwiseParallel(output_layouts=by_token),
         "model.norm": SequenceParallel(),
         # Training only reads its weight, in `head_inputs`.
-        "lm_head": ColwiseParallel(input_layouts=by_token, output_layouts=whole),
+        "lm_head": ColwiseParallel(input_layouts=by_token, output_layouts=replicated),
     }
 
 
@@ -341,9 +341,9 @@ class VocabularySlice(NamedTuple):
 
     def combine(self, log_z_P: Tensor, chosen_P: Tensor) -> tuple[Tensor, Tensor]:
         """Log Z over all slices, and the logit of each target, which is 0 in all slices but one."""
-        here = torch.stack((log_z_P, chosen_P))
-        slices = [torch.empty_like(here) for _ in range(self.group.size())]
-        dist.all_gather(slices, here, group=self.group)
+        local = torch.stack((log_z_P, chosen_P))
+        slices = [torch.empty_like(local) for _ in range(self.group.size())]
+        dist.all_gather(slices, local, group=self.group)
         log_z, chosen = torch.stack(slices, 1).unbind(0)
         return log_z.logsumexp(0), chosen.sum(0)
 
@@ -406,13 +406,13 @@ def local_shard(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
-def gathered(parameter: Tensor, shard: Tensor) -> Tensor:
+def full_tensor(parameter: Tensor, shard: Tensor) -> Tensor:
     """The whole tensor of which each process has a shard, split as `parameter` is."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
         return shard
-    made = DTensor.from_local(
+    distributed = DTensor.from_local(
         shard,
         parameter.device_mesh,
         parameter.placements,
@@ -420,7 +420,7 @@ def gathered(parameter: Tensor, shard: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-    return made.full_tensor()
+    return distributed.full_tensor()
 
 
 def shard_of(parameter: Tensor, whole: Tensor) -> Tensor:

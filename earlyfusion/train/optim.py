@@ -180,7 +180,9 @@ class Muon(torch.optim.Optimizer):
         moments = [parallel.local_shard(self.moment(p)) for p in same_shape]
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, moments, group["momentum"])
-        whole = [parallel.gathered(p, shard) for p, shard in zip(same_shape, nesterov, strict=True)]
+        whole = [
+            parallel.full_tensor(p, shard) for p, shard in zip(same_shape, nesterov, strict=True)
+        ]
         orthogonal_NRC = orthogonal(torch.stack(whole)).to(same_shape[0].dtype)
         updates = [
             parallel.shard_of(p, one) for p, one in zip(same_shape, orthogonal_NRC, strict=True)
