@@ -282,6 +282,8 @@ def test_the_mixture_has_its_shares_and_marks_where_colours_matter() -> None:
     assert shown - set(firsts) and len(shown) == min(len(train), 40)
     assert len({s["messages"][0]["content"][0]["text"] for s in requests}) > 20
     assert not all(is_plain(s) for s in result)
+    chats = load_samples(DATA, replace(config, chats=0.5))
+    assert [s["task"] for s in chats].count("chat") == 67  # 0.5 of 1.5
     with pytest.raises(SettingError, match="not all 0"):
         MixtureConfig(dialogues=0, pairs=0, requests=0, studies=0, bare=0)
     text = {"type": "text", "text": "Draw a red apple."}

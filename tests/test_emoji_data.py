@@ -6,6 +6,7 @@ import json
 import pickle
 import tarfile
 import zipfile
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from earlyfusion.mini.emoji.dialogues import (
     TASKS,
     Dialogues,
     caption_pairs,
+    chats,
     generate,
     main,
 )
 from earlyfusion.mini.emoji.phrases import PROMPTS, normalise, particle, with_article
+from earlyfusion.mini.emoji.pools import name_of
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -302,6 +305,29 @@ def test_caption_pairs_hold_both_orders(data: EmojiData) -> None:
         "수박, 노토 스타일로.",
         "Draw watermelon in Noto style.",
     } <= asked
+
+
+def test_chats_end_with_a_request_after_something_else(data: EmojiData) -> None:
+    samples = list(chats(data, "train", 300, seed=1, wordings=0.3))
+    assert samples == list(chats(data, "train", 300, seed=1, wordings=0.3))
+    num_turns = Counter(len(sample["messages"]) for sample in samples)
+    assert set(num_turns) == {4, 6} and min(num_turns.values()) > 100
+    named = 0
+    for sample in samples:
+        roles = [message["role"] for message in sample["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        request, reply = sample["messages"][2:4]
+        assert [part["type"] for part in request["content"]] == ["text"]
+        [image] = reply["content"]
+        row = data.row(image["image"])
+        said = request["content"][0]["text"].lower()
+        # A typo in a name is possible (`wordings.add_typing_noise`), but rare.
+        named += name_of(row, sample["lang"]).lower() in said
+        if len(roles) == 6:
+            answer = sample["messages"][5]["content"][0]["text"]
+            kinds = {row["subgroup_en"], row["subgroup_ko"], row["en"], row["ko"]}
+            assert answer in kinds
+    assert named > 270
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

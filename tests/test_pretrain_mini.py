@@ -14,6 +14,7 @@ from earlyfusion import Chameleon
 from earlyfusion.config import PRESETS
 from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.mini import deeper as mini_deeper
 from earlyfusion.mini import drawings as mini_drawings
 from earlyfusion.mini import packed_transformer as mini_packed_transformer
 from earlyfusion.mini import pretrain as pretrain_mini
@@ -55,8 +56,22 @@ def test_the_stages_are_the_recipes_in_their_order() -> None:
     assert (pairs.run.stop_after, pairs.optim.decay, pairs.rows) == (2750, "hold", 2)
     assert (usual.run.stop_after, usual.optim.decay, usual.rows) == (1500, "hold", 1)
     assert [m.run.out.name for m in result.values()] == list(STAGES)
+    assert [m.model.num_hidden_layers for m in list(result.values())[1:]] == [6] * 5 + [10] * 8
+    last = replace(result["last"], run=mini_deeper.config.run, length=2048)
+    folders = {"image_tokenizer": mini_deeper.config.image_tokenizer, "data": last.data}
+    start = mini_deeper.config.start
+    assert replace(last, start=start, start_share=0.0, **folders) == mini_deeper.config
+    assert last.start_share == 0.5 and not any(
+        result[name].start_share for name in ("lists_first", "balanced")
+    )
+    swapped = result["swapped"]
+    assert (swapped.cut.swapped_answers, swapped.mixture.varied) == (0.5, True)
+    assert (swapped.run.steps, swapped.run.stop_after) == (6000, 1800)
+    first = result["lists_first"]
+    assert (first.cut.swapped_answers, first.codeword_embeddings) == (0.0, True)
     starts = [m.start for name, m in result.items() if name != "image_tokenizer"]
-    assert starts == [None, *(m.run.out for m in list(result.values())[1:-1])]
+    before = [m.run.out for m in list(result.values())[1:-1]]
+    assert starts == [None, *before[:-1], before[-1] / "model"]
 
 
 def test_a_killed_run_goes_on_where_it_was(
@@ -76,20 +91,29 @@ def test_a_killed_run_goes_on_where_it_was(
             run("pretrain_mini", fields)
     stdout = capsys.readouterr().out
     assert (
-        "stage 3 of 6, answers: earlyfusion train mini_answers" in stdout and "pairs" not in stdout
+        "stage 3 of 14, answers: earlyfusion train mini_answers" in stdout and "pairs" not in stdout
     )
     assert checkpoint.steps(tmp_path / "answers") == [1]
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "transformer").rglob("*") if p.is_file()}
     run("pretrain_mini", fields)
     stdout = capsys.readouterr().out
-    assert stdout.count(": done, in") == 2 and "stage 6 of 6, drawings:" in stdout
+    assert stdout.count(": done, in") == 2 and "stage 14 of 14, chats:" in stdout
     assert "rows=2 pairs=0.55 usual=0 studies=0.25 decay=hold" in stdout
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert [row["step"] for row in read_metrics(tmp_path / "answers")] == [0, 1]
-    model = Chameleon.load(str(tmp_path / "drawings" / "model"))
+    model = Chameleon.load(str(tmp_path / "chats" / "model"))
+    assert model.config.num_hidden_layers == 2
+    balanced, last, chats = (
+        checkpoint.weights(tmp_path / name) for name in ("balanced", "last", "chats")
+    )
+    for name, value in model.transformer.state_dict().items():
+        mean = (balanced[name].float() + last[name].float() + chats[name].float()) / 3
+        torch.testing.assert_close(value, mean, atol=1e-5, rtol=2e-3)
+    for one, other in ((balanced, last), (last, chats)):
+        assert (one["lm_head.weight"] - other["lm_head.weight"]).abs().max() > 1e-4
     assert len(model.generate("Draw a cat.", output="image", seed=0).images) == 1
     run("pretrain_mini", fields)
-    assert capsys.readouterr().out.count(": done, in") == 6
+    assert capsys.readouterr().out.count(": done, in") == 14
 
 
 TIMED = [*SMALL[:1], "scale=0.0005", *SMALL[2:], "vocab_size=1500", "device=cpu", "minutes=0.02"]
@@ -284,6 +308,13 @@ def test_a_stage_begins_with_a_model_by_name_or_folder(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_at_once(changes: list[str], words: str) -> None:
     with pytest.raises(SettingError, match=words):
         override(config, changes)
+
+
+def test_a_share_of_the_start_needs_a_start() -> None:
+    with pytest.raises(SettingError, match=r"start_share=0\.5 needs start="):
+        override(mini_packed_transformer.config, ["start_share=0.5"])
+    with pytest.raises(SettingError, match=r"start_share=1\.5 must be a share from 0 to 1"):
+        override(mini_deeper.config, ["start_share=1.5"])
 
 
 def test_a_stage_without_those_before_it_is_refused(tmp_path: Path) -> None:

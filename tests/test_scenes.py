@@ -307,7 +307,11 @@ def test_all_images_are_encoded_and_the_next_stage_takes_their_codes(
     codes = packed_transformer.load_or_encode_variants(vqgan, config, ids)
     assert codes.shape == (len(ids), 2, config.model.vq_config.grid**2)
     after = override(config, [f"out={tmp_path / 'b'}", f"start={tmp_path / 'a'}"])
-    assert torch.equal(packed_transformer.load_or_encode_variants(vqgan, after, ids), codes)
-    assert not (tmp_path / "b" / "codes.npy").exists()
+    changed = codes.flip(0)
+    np.save(tmp_path / "a" / "codes.npy", changed.numpy())
+    assert torch.equal(packed_transformer.load_or_encode_variants(vqgan, after, ids), changed)
+    # The stage after that finds them in the folder of the second.
+    third = override(config, [f"out={tmp_path / 'c'}", f"start={tmp_path / 'b'}"])
+    assert torch.equal(packed_transformer.load_or_encode_variants(vqgan, third, ids), changed)
     other = override(after, ["plain=2", "recoloured=1"])
     assert packed_transformer.load_or_encode_variants(vqgan, other, ids).shape[1] == 3

@@ -276,7 +276,7 @@ def leave(server: Running, number: int) -> None:
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_disconnected_clients_leak_nothing(count: int) -> None:
     # A small cache is full of old prefixes before the count begins, and takes no more memory.
-    plan = LoadPlan("mini", dtype="fp32", cache_bytes=16_000_000)
+    plan = LoadPlan("mini", dtype="fp32", cache_bytes=27_000_000)
     remote = RemoteEngine(partial(start, plan), step_timeout=60)
     with running(remote) as server, ThreadPoolExecutor(4) as pool:
         driver, pids = server.service.driver, (os.getpid(), remote.pid)

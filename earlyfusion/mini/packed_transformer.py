@@ -33,6 +33,7 @@ from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.packing import RoleWeights
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_shares
 from earlyfusion.files import replacing
 from earlyfusion.mini import named_image_tokenizer as mini_named_image_tokenizer
 from earlyfusion.mini.emoji.dataset import ICON
@@ -117,10 +118,21 @@ class PackedTransformerConfig(StageConfig):
     codeword_embeddings: bool = False
     """Whether the embeddings of image tokens have the distances of their codewords at the beginning
     (`embed_codewords`). With `start`, they are added to its embeddings."""
+    start_share: float = 0.0
+    """Share of the weights of `start` in those of `model/`: a mean of both is often better than
+    either (Wortsman et al. 2022, arXiv 2109.01903). Checkpoints hold the trained weights alone."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     ways: VariantsConfig = field(default_factory=VariantsConfig)
     cut: CodeNoiseConfig = field(default_factory=CodeNoiseConfig)
     change: ChangeConfig = field(default_factory=ChangeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self, "start_share")
+        if self.start_share and self.start is None:
+            raise SettingError(
+                f"start_share={self.start_share:g} needs start=, the run whose weights have it"
+            )
 
 
 class BlankLayout(ImageLayout):
@@ -144,16 +156,23 @@ def load_or_encode_variants(
     path, device = config.run.out / "codes.npy", vqgan.quantize.embedding.weight.device
     variants = config.ways.plain + config.ways.recoloured
     shape = (len(ids), variants, config.model.vq_config.grid**2)
-    for folder in (config.run.out, config.start):
-        if folder is not None and (folder / "codes.npy").is_file():
-            stored = np.load(folder / "codes.npy")
-            if stored.shape == shape:
-                return torch.from_numpy(stored).to(device)
-    codes = encode_variants(vqgan, config, ids)
+    codes = _stored_codes(path, shape)
+    if codes is not None:
+        return codes.to(device)
+    if config.start is not None:
+        codes = _stored_codes(config.start / path.name, shape)
+    if codes is None:
+        codes = encode_variants(vqgan, config, ids).cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
-        np.save(file, codes.cpu().numpy())
-    return codes
+        np.save(file, codes.numpy())
+    return codes.to(device)
+
+
+def _stored_codes(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """The codes in a file; None if it does not exist or holds those of other images or variants."""
+    codes = np.load(path) if path.is_file() else np.empty(0)
+    return torch.from_numpy(codes) if codes.shape == shape else None
 
 
 def training_image_ids(config: PackedTransformerConfig) -> list[str]:
@@ -294,7 +313,17 @@ def main(config: PackedTransformerConfig) -> None:
         embed_codewords(model, vqgan, processor.vocabulary, config.run.seed, adds)
     images = prompted_images(config, model, processor, vqgan)
     train(LanguageTask(model, rows, config.z_weight), config.run, config.optim, images)
+    if config.start_share:
+        start = first_model(config, processor.vocabulary.size)
+        interpolate(model, start, config.start_share)
     save_model(config, model, vqgan)
+
+
+@torch.no_grad()
+def interpolate(model: Transformer, other: Transformer, share: float) -> None:
+    """Set the weights to `share` times those of `other` plus the rest times their own."""
+    for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        own.lerp_(theirs, share)
 
 
 config = PackedTransformerConfig(

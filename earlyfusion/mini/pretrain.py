@@ -6,9 +6,8 @@
 Runs the recipes of mini one after another, each in its own folder under `out`, and prints the
 command that would run each alone. Started again after an interruption, it skips finished stages and
 continues in the one that was interrupted. `stages=answers,drawings` runs only these; `scale=0.01`
-takes a hundredth of the steps and of the documents. The result is `out/drawings/model/`. Machine,
-run time and scores of the shipped weights are in the model card,
-earlyfusion/pretrained/mini/README.md.
+takes a hundredth of the steps and of the documents. The result is `out/chats/model/`. Machine, run
+time and scores of the shipped weights are in the model card, earlyfusion/pretrained/mini/README.md.
 
     earlyfusion train pretrain_mini data=data/emoji device=cuda minutes=9
 
@@ -44,7 +43,8 @@ from earlyfusion.train.device_rows import save_templates
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe and the changes to its fields; starts from the weights of the stage `start`."""
+    """A recipe and the changes to its fields; starts from the weights of the stage `start`, or from
+    its `model/`, which may be a mean of weights."""
 
     recipe: str
     start: str = ""
@@ -54,6 +54,11 @@ class Stage:
     setup_seconds: float = 0.0
     """Seconds that are reserved for the work before the first step of the stage."""
 
+
+_BEFORE_SWAPS = (
+    *("varied=true", "replace=0.04", "near=0.9"),
+    *("changed_answers=0.1", "swapped_answers=0"),
+)
 
 STAGES = {
     "image_tokenizer": Stage("mini_image_tokenizer"),
@@ -71,6 +76,71 @@ STAGES = {
         ("rows=1", "pairs=0.3", "usual=0.3", "studies=0.22", "decay=hold", "stop_after=1500"),
     ),
     "drawings": Stage("mini_drawings", "usual"),
+    # Each of these runs has other shares, to mend what had got worse (docs/ablations.md).
+    "lists_first": Stage(
+        "mini_deeper",
+        "drawings",
+        (
+            *("dialogues=0.32", "pairs=0.28", "requests=0.11", "studies=0.26", "mixture.seed=7"),
+            *("codeword_embeddings=true", *_BEFORE_SWAPS),
+            *("lr=1e-3", "warmup_steps=100", "steps=6345"),
+        ),
+    ),
+    "images_next": Stage(
+        "mini_deeper",
+        "lists_first",
+        (
+            *("dialogues=0.2", "pairs=0.36", "requests=0.21", "studies=0.2", "mixture.seed=9"),
+            *_BEFORE_SWAPS,
+            *("lr=1e-3", "warmup_steps=100", "steps=8061"),
+        ),
+    ),
+    # Its learning rate was to fall until step 6,000, but it was stopped long before.
+    "swapped": Stage(
+        "mini_deeper",
+        "images_next",
+        (
+            *("dialogues=0.2", "pairs=0.32", "requests=0.22", "studies=0.23", "mixture.seed=12"),
+            *("varied=true", "changed_answers=0.1", "swapped_answers=0.5"),
+            *("lr=1e-3", "warmup_steps=100", "steps=6000", "stop_after=1800"),
+        ),
+    ),
+    "requests": Stage(
+        "mini_deeper",
+        "swapped",
+        (
+            *("dialogues=0.18", "pairs=0.24", "requests=0.38", "studies=0.18", "mixture.seed=13"),
+            *("swapped_answers=0.3", "lr=1e-3", "steps=4044"),
+        ),
+    ),
+    "names_again": Stage(
+        "mini_deeper",
+        "requests",
+        (
+            *("dialogues=0.22", "pairs=0.32", "requests=0.16", "studies=0.27", "mixture.seed=14"),
+            *("swapped_answers=0.2", "lr=8e-4", "steps=3977"),
+        ),
+    ),
+    "balanced": Stage(
+        "mini_deeper",
+        "names_again",
+        (
+            *("dialogues=0.26", "pairs=0.28", "requests=0.22", "studies=0.21", "mixture.seed=15"),
+            *("lr=8e-4", "steps=6618"),
+        ),
+    ),
+    # Its model is the mean of its weights and those of "balanced".
+    "last": Stage("mini_deeper", "balanced", ("start_share=0.5",)),
+    # Starts from that mean, which has two thirds of the model that is shipped.
+    "chats": Stage(
+        "mini_deeper",
+        "last/model",
+        (
+            *("dialogues=0.23", "pairs=0.26", "requests=0.17", "studies=0.15", "chats=0.16"),
+            *("documents=40000", "mixture.seed=17", "lr=4e-4", "warmup_steps=30", "steps=900"),
+            "start_share=0.667",
+        ),
+    ),
 }
 
 TIMED_STAGES = {
@@ -233,15 +303,21 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
     own = replace(base, data=config.data, run=run, optim=replace(base.optim, warmup_steps=warmup))
     if name == "image_tokenizer":
         return replace(own, model=config.model.vq_config)
-    dialogues = _scaled(base.documents.dialogues, config.scale)
-    return replace(
+    # The first stages train six of mini's ten layers; other models are divided in the same way.
+    share = base.model.num_hidden_layers / PRESETS["mini"].num_hidden_layers
+    layers = max(1, round(config.model.num_hidden_layers * share))
+    own = replace(
         own,
-        model=config.model,
+        model=replace(config.model, num_hidden_layers=layers),
         length=config.length,
         image_tokenizer=config.out / "image_tokenizer",
         start=config.out / stage.start if stage.start else None,
-        documents=replace(base.documents, dialogues=dialogues),
     )
+    if isinstance(own, PackedTransformerConfig):
+        documents = _scaled(own.mixture.documents, config.scale)
+        return replace(own, mixture=replace(own.mixture, documents=documents))
+    dialogues = _scaled(own.documents.dialogues, config.scale)
+    return replace(own, documents=replace(own.documents, dialogues=dialogues))
 
 
 class TimeBudget:

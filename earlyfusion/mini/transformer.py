@@ -268,7 +268,7 @@ def main(config: TransformerConfig) -> None:
 
 
 config = TransformerConfig(
-    model=PRESETS["mini"],
+    model=replace(PRESETS["mini"], num_hidden_layers=6),  # the last stages add four layers
     # At step 2,000 the second stage takes over: mini/answers.py.
     run=RunConfig(
         out=Path("runs/mini_transformer"),

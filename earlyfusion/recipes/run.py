@@ -35,6 +35,7 @@ RECIPES = {
     "mini_transformer": "earlyfusion.mini.transformer",
     "mini_answers": "earlyfusion.mini.answers",
     "mini_drawings": "earlyfusion.mini.drawings",
+    "mini_deeper": "earlyfusion.mini.deeper",
     "mini_styles": "earlyfusion.mini.styles",
     "mini_named_image_tokenizer": "earlyfusion.mini.named_image_tokenizer",
     "mini_packed_transformer": "earlyfusion.mini.packed_transformer",

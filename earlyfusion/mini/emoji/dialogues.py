@@ -262,6 +262,28 @@ class Writer:
         question = self.prompt("style_name", lang, options=", ".join(options))
         return self.text_sample([self.ask([row], question)], style_of(row, lang), [row])
 
+    def chat(self, lang: str) -> Sample:
+        """A question about an image or a request, then a request for another thing; half of the
+        time also a question about that. See `chats`."""
+        tasks = (self.caption, self.caption, self.category, self.yesno_name, self.request)
+        first = self.pick(tasks)(lang) or self.caption(lang)
+        request = self.request(lang)
+        messages = [*first["messages"], *request["messages"]]
+        if self.rng.random() < 0.5:
+            table, answer = self.follow_up(request["rows"][0], lang)
+            question = self.prompt(table, lang)
+            messages += [user(text_part(question)), assistant(text_part(answer))]
+        return {"lang": lang, "messages": messages}
+
+    def request(self, lang: str) -> Sample:
+        """A request, in three of four cases without a style, which means the thing's first one."""
+        row = self.row()
+        styled = self.rng.random() < 0.25
+        row = row if styled else self.pools.by_concept[row["codepoints"]][0]
+        table = "draw_styled" if styled else "draw"
+        question = self.prompt(table, lang, n=name_of(row, lang), s=style_of(row, lang))
+        return self.image_sample([user(text_part(question))], row, styled, [row])
+
     def study(self, row: Row, turns: int) -> Sample:
         """Several questions about one image; see `studies`."""
         first, other = self.rng.sample(["en", "ko"], 2)
@@ -643,6 +665,19 @@ def studies(
             rng.shuffle(rows)
         writer.further_prompts = rng.random() < writer.further
         yield {"task": "study", "split": split, **writer.study(rows[number % len(rows)], turns)}
+
+
+def chats(
+    data: EmojiData, split: str, n: int, seed: int, korean: float = 0.4, wordings: float = 0.0
+) -> Iterator[Sample]:
+    """`n` chats in which a request for an image follows a question about another image, or another
+    request. None of the tasks has this, and without it a model answers such a request in words."""
+    rng = random.Random(f"chat-{split}-{seed}")
+    writer = Writer(Pools(data, split), rng, 0.5, wordings)
+    for _ in range(n):
+        writer.further_prompts = rng.random() < writer.further
+        lang = "ko" if rng.random() < korean else "en"
+        yield {"task": "chat", "split": split, **writer.chat(lang)}
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:

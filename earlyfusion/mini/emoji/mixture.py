@@ -1,11 +1,12 @@
 """The training documents of the emoji data, and whether their images may change colour.
 
-A mixture has shares of seven sources:
+A mixture has shares of eight sources:
   dialogues  the eighteen tasks of `dialogues.generate`
   pairs      an image and its name, a name with a style and the image (`dialogues.caption_pairs`)
   requests   a request in many wordings, without a style, and the first image of the thing in the
              data; with `varied`, any image of it
   studies    several questions about one image (`dialogues.studies`)
+  chats      a request for an image after a question about another one (`dialogues.chats`)
   bare       an image without a request, for guidance
   scenes     several small images in one, requested or asked about (`scenes.scene_samples`)
   unknown    things that the data does not have: "I do not know this one." (`scenes`)
@@ -30,6 +31,7 @@ from earlyfusion.mini.emoji.dialogues import (
     Writer,
     assistant,
     caption_pairs,
+    chats,
     generate,
     image_part,
     studies,
@@ -40,7 +42,7 @@ from earlyfusion.mini.emoji.phrases import COLOUR_IN_NAME
 from earlyfusion.mini.emoji.pools import Pools, name_of
 from earlyfusion.mini.emoji.scenes import scene_samples, scenes, unknown_image_ids, unknown_samples
 
-SOURCES = ("dialogues", "pairs", "requests", "studies", "bare", "scenes", "unknown")
+SOURCES = ("dialogues", "pairs", "requests", "studies", "chats", "bare", "scenes", "unknown")
 _COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
 
 
@@ -58,6 +60,8 @@ class MixtureConfig:
     """Weight of requests for an image without a style."""
     studies: float = 0.15
     """Weight of dialogues with several questions about one image."""
+    chats: float = 0.0
+    """Weight of chats in which a request for an image follows something else."""
     bare: float = 0.05
     """Weight of images without a request, for guidance."""
     scenes: float = 0.0
@@ -153,6 +157,8 @@ def _write_part(part: _Part, data: EmojiData | None = None) -> list[Sample]:
         return generate(data, "train", count, seed, cfg.korean, tasks, 0.5, *mixed)
     if part.source == "studies":
         return list(studies(data, "train", count, seed, turns=3, wordings=cfg.wordings))
+    if part.source == "chats":
+        return list(chats(data, "train", count, seed, cfg.korean, cfg.wordings))
     if part.source == "scenes":
         made = scenes(data, cfg.made)
         return list(scene_samples(data, made, count, seed, cfg.korean, cfg.wordings))
