@@ -205,6 +205,10 @@ class Chameleon:
             else _load_shard(name, target, explicit_dtype, tensor_parallel, verify)
         )
         transformer = loaded.transformer
+        # Before adapters are added, so that "auto" gives what its dtype gives by name.
+        if single_process and explicit_dtype is None and packed_bits(transformer) is None:
+            size = sum(parameter.numel() for parameter in transformer.parameters())
+            transformer = transformer.to(auto_dtype(size, target))
         # Before anything below changes or rounds the model's own weights.
         weights_of_adapters = {
             name: _adapter_weights(transformer, name, at) for name, at in (adapters or {}).items()
@@ -212,9 +216,6 @@ class Chameleon:
         if adapter is not None:
             _refuse_packed(transformer, adapter)
             merge_adapter(transformer, expanded(adapter))
-        if single_process and explicit_dtype is None and packed_bits(transformer) is None:
-            size = sum(parameter.numel() for parameter in transformer.parameters())
-            transformer = transformer.to(auto_dtype(size, target))
         if dtype in PACKED_BITS:
             transformer = accelerate(quantise(transformer, PACKED_BITS[dtype]))
         if not single_process:

@@ -231,6 +231,16 @@ def test_what_cannot_be_loaded_is_one_sentence(
         load(folders["one"])
 
 
+def test_an_adapter_is_not_rounded_to_the_files_dtype(tmp_path: Path) -> None:
+    # mini's file is in fp16, and "auto" is float32 for it on a CPU.
+    folder = adapter(tmp_path / "one", mini().transformer, 3)
+    explicit = Chameleon.load("mini", "cpu", "float32", adapter=folder).transformer.state_dict()
+    named = Chameleon.load("mini", "cpu", adapters={"one": folder}).adapters["one"]
+    alone = Chameleon.load("mini", "cpu", adapter=folder).transformer
+    for weights in (named.state_dict(), alone.state_dict()):
+        assert all(torch.equal(weights[name], value) for name, value in explicit.items())
+
+
 # --- as models of a server -------------------------------------------------------------------
 
 
