@@ -93,9 +93,13 @@ class Writer:
 
     def write(self, task: str, lang: str) -> Sample | None:
         """One sample of the task, whose `rows` are those of its images."""
+        self.choose_prompts()
+        return TASKS[task][1](self, lang)
+
+    def choose_prompts(self) -> None:
+        """Decide at random whether the next sample is written with the further prompts."""
         # No random number for further=0: the published samples were made without this one.
         self.further_prompts = self.further > 0 and self.rng.random() < self.further
-        return TASKS[task][1](self, lang)
 
     # ---- choices
 
@@ -280,9 +284,7 @@ class Writer:
         row = self.row()
         styled = self.rng.random() < 0.25
         row = row if styled else self.pools.by_concept[row["codepoints"]][0]
-        table = "draw_styled" if styled else "draw"
-        question = self.prompt(table, lang, n=name_of(row, lang), s=style_of(row, lang))
-        return self.image_sample([user(text_part(question))], row, styled, [row])
+        return self.request_for(row, name_of(row, lang), styled, lang)
 
     def study(self, row: Row, turns: int) -> Sample:
         """Several questions about one image; see `studies`."""
@@ -368,7 +370,10 @@ class Writer:
         row = self.row()
         styled = self.rng.random() < (0.4 if self.further_prompts else 0.7)
         row = row if styled else self.usual(row)
-        name = self.coloured(row, lang)
+        return self.request_for(row, self.coloured(row, lang), styled, lang)
+
+    def request_for(self, row: Row, name: str, styled: bool, lang: str) -> Sample:
+        """A request for an image by this name, with or without its style."""
         table = "draw_styled" if styled else "draw"
         question = self.prompt(table, lang, n=name, s=style_of(row, lang))
         return self.image_sample([user(text_part(question))], row, styled, [row])
@@ -663,7 +668,7 @@ def studies(
     for number in range(n):
         if number % len(rows) == 0:
             rng.shuffle(rows)
-        writer.further_prompts = rng.random() < writer.further
+        writer.choose_prompts()
         yield {"task": "study", "split": split, **writer.study(rows[number % len(rows)], turns)}
 
 
@@ -675,7 +680,7 @@ def chats(
     rng = random.Random(f"chat-{split}-{seed}")
     writer = Writer(Pools(data, split), rng, 0.5, wordings)
     for _ in range(n):
-        writer.further_prompts = rng.random() < writer.further
+        writer.choose_prompts()
         lang = "ko" if rng.random() < korean else "en"
         yield {"task": "chat", "split": split, **writer.chat(lang)}
 

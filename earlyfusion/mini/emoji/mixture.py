@@ -186,7 +186,7 @@ def _image_answers(part: _Part, data: EmojiData, rng: random.Random) -> Iterator
         rng.shuffle(rows)
         for row in rows:
             lang = "ko" if rng.random() < part.config.korean else "en"
-            writer.further_prompts = rng.random() < writer.further
+            writer.choose_prompts()
             prompt = [text_part(writer.prompt("draw", lang, n=name_of(row, lang)))]
             request = [user(*prompt)] if part.source == "requests" else []
             yield {

@@ -371,7 +371,7 @@ def scene_samples(
     ordered = [scene for scene in made if is_ordered(scene)]
     for _ in range(n if made else 0):
         lang = "ko" if rng.random() < korean else "en"
-        writer.further_prompts = rng.random() < writer.further
+        writer.choose_prompts()
         head: Sample = {"task": "scene", "lang": lang, "split": "train"}
         if ordered and rng.random() < 0.35:
             scene = rng.choice(ordered)
@@ -444,7 +444,7 @@ def unknown_samples(
     things = unknown_things(data, UNKNOWN_THINGS)
     for _ in range(n):
         lang = "ko" if rng.random() < korean else "en"
-        writer.further_prompts = rng.random() < writer.further
+        writer.choose_prompts()
         if unknown_ids and rng.random() < 0.5:
             image = {"type": "image", "image": rng.choice(unknown_ids)}
             turn = user(image, text_part(writer.prompt("caption", lang)))
