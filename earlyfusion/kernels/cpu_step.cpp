@@ -444,8 +444,7 @@ void weighted_values_tile(const CachedHead<T>& v, const float* weights, int64_t 
   }
 }
 #else
-const int MAX_QUERIES = 24, MIN_QUERIES = 3;  // of a tile; with fewer, single rows are faster
-const int SCRATCH_VECTORS = 0;
+const int MIN_QUERIES = 3;  // of a tile; with fewer, single rows are faster
 
 // The scores of NQ queries and the keys of four consecutive positions.
 template <int NQ, class T>
@@ -467,9 +466,8 @@ inline void scores_microkernel(const T* keys, int64_t H, const float* q, int64_t
 
 // `attention_scores` for `count` queries. The last four keys may be stale, as there.
 template <class T>
-void attention_scores_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count,
-                           int64_t length, float scale, float* scores, int64_t scores_stride,
-                           float*) {
+void attention_scores_few(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count,
+                          int64_t length, float scale, float* scores, int64_t scores_stride) {
   const int64_t H = k.H;
   k.for_each_block(length, [&](int64_t first, int64_t here, const T* at, const NextKV<T>&) {
     for (int64_t x = 0; x < count; x += 4) {
@@ -485,55 +483,161 @@ void attention_scores_tile(const CachedHead<T>& k, const float* q, int64_t q_str
   });
 }
 
-// `weighted_values` for NQ queries and 16 NV columns: each value is read once for all of them.
-template <int NQ, int NV, class T>
-void weighted_values_microkernel(const CachedHead<T>& v, const float* weights,
-                                 int64_t weights_stride, int64_t length, int64_t column,
-                                 float* out) {
-  const int64_t H = v.H;
-  floats16 total[NQ][NV] = {};
-  v.for_each_block(length, [&](int64_t first, int64_t count, const T* at, const NextKV<T>&) {
-    floats16 acc[NQ][NV];  // in registers
-    std::memcpy(acc, total, sizeof(total));
-    for (int64_t p = 0; p < count; p++) {
-      floats16 values[NV];
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; j++) values[j] = load(at + p * H + column + 16 * j);
-#pragma GCC unroll 12
-      for (int x = 0; x < NQ; x++) {
-        const floats16 weight = broadcast(weights[x * weights_stride + first + p]);
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; j++) acc[x][j] = fmadd(weight, values[j], acc[x][j]);
+#if defined(USE_AVX512)
+const int MAX_QUERIES = 32;
+const int FEW_QUERIES = 10;  // for these, `scores_microkernel` is faster
+
+// out [8, 16] = keys [8, H] . queries [H, 16] * scale. A lane is a query. The 16 partial sums of a
+// score are computed one after the other and added up in the order of all kernels, as in
+// `packed_microkernel`.
+NOINLINE void scores_microkernel_16(const float* queries_H16, const float* keys, int64_t H,
+                                    float scale, float* out) {
+  floats16 subtotals[5][8];  // by level; the last level has the scores
+#pragma GCC unroll 16
+  for (int partial = 0; partial < PARTIALS; partial++) {
+    floats16 sum[8] = {};
+    for (int64_t i = BIT_REVERSED[partial]; i < H; i += PARTIALS) {
+      floats16 query = load(queries_H16 + 16 * i);
+      keep_in_register(query);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) sum[j] = fmadd(query, broadcast(keys[j * H + i]), sum[j]);
+    }
+    int level = 0;
+    for (int ones = partial; ones % 2; ones /= 2) level++;
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      floats16 total = sum[j];
+#pragma GCC unroll 4
+      for (int l = 0; l < level; l++) total = subtotals[l][j] + total;
+      subtotals[level][j] = total;
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) store(out + 16 * j, subtotals[4][j] * scale);
+}
+
+inline const float* to_floats(const float* x, int64_t, float*) { return x; }
+
+template <class T>
+const float* to_floats(const T* x, int64_t n, float* scratch) {
+  for (int64_t i = 0; i < n; i += 16) store(scratch + i, load(x + i));
+  return scratch;
+}
+
+// Transposes 16 vectors of 16 floats from `from` on, a stride apart; those beyond `count` are zero.
+inline void transpose_floats(const float* from, int64_t from_stride, int64_t count, float* to,
+                             int64_t to_stride) {
+  __m512i v[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++)
+    v[r] = r < count ? load_words(from + r * from_stride) : _mm512_setzero_si512();
+  transpose16x16(v);
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) _mm512_storeu_si512(to + r * to_stride, v[r]);
+}
+
+// Queries, 16 keys as floats, and their scores, in vectors of H floats; H is at least 16.
+const int SCRATCH_VECTORS = MAX_QUERIES + 16 + 16;
+
+// `attention_scores` for `count` queries, in groups of 16. The last 16 keys may be stale, as there.
+template <class T>
+void attention_scores_groups(const CachedHead<T>& k, const float* q, int64_t q_stride,
+                             int64_t count, int64_t length, float scale, float* scores,
+                             int64_t scores_stride, float* scratch) {
+  const int64_t H = k.H;
+  float *floats = scratch + MAX_QUERIES * H, *out = floats + 16 * H;
+  for (int64_t x = 0; x < count; x += 16)
+    for (int64_t i = 0; i < H; i += 16)
+      transpose_floats(q + x * q_stride + i, q_stride, count - x, scratch + x * H + 16 * i, 16);
+  k.for_each_block(length, [&](int64_t first, int64_t here, const T* at, const NextKV<T>&) {
+    for (int64_t p = 0; p < here; p += 16) {
+      const float* keys = to_floats(at + p * H, 16 * H, floats);
+      for (int64_t x = 0; x < count; x += 16) {
+        scores_microkernel_16(scratch + x * H, keys, H, scale, out);
+        scores_microkernel_16(scratch + x * H, keys + 8 * H, H, scale, out + 8 * 16);
+        transpose_floats(out, 16, 16, scores + x * scores_stride + first + p, scores_stride);
       }
     }
-    std::memcpy(total, acc, sizeof(total));
   });
+}
+#else
+const int MAX_QUERIES = 24, SCRATCH_VECTORS = 0;
+#endif
+
+template <class T>
+void attention_scores_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count,
+                           int64_t length, float scale, float* scores, int64_t scores_stride,
+                           float* scratch) {
+  int64_t grouped = 0;
+#if defined(USE_AVX512)
+  grouped = count % 16 > FEW_QUERIES ? count : count / 16 * 16;
+  if (grouped)
+    attention_scores_groups(k, q, q_stride, grouped, length, scale, scores, scores_stride, scratch);
+#endif
+  if (grouped < count)
+    attention_scores_few(k, q + grouped * q_stride, q_stride, count - grouped, length, scale,
+                         scores + grouped * scores_stride, scores_stride);
+}
+
+// out [NQ, 16 NV] += weights [NQ, count] . values [count, 16 NV], for some columns of a block; the
+// first block overwrites them. Each value is read once for all queries.
+template <int NQ, int NV, class T>
+void weighted_values_microkernel(const T* values, int64_t H, const float* weights,
+                                 int64_t weights_stride, int64_t count, bool first, float* out) {
+  floats16 sum[NQ][NV];
+#pragma GCC unroll 12
   for (int x = 0; x < NQ; x++)
-    for (int j = 0; j < NV; j++) store(out + x * H + column + 16 * j, total[x][j]);
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; j++) sum[x][j] = first ? floats16{} : load(out + x * H + 16 * j);
+  for (int64_t p = 0; p < count; p++) {
+    floats16 value[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; j++) value[j] = load(values + p * H + 16 * j);
+#pragma GCC unroll 12
+    for (int x = 0; x < NQ; x++) {
+      const floats16 weight = broadcast(weights[x * weights_stride + p]);
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; j++) sum[x][j] = fmadd(weight, value[j], sum[x][j]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int x = 0; x < NQ; x++)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; j++) store(out + x * H + 16 * j, sum[x][j]);
 }
 
+// The same for all columns.
 template <int NQ, class T>
-void weighted_values_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride,
-                          int64_t length, float* out) {
-  int64_t column = 0;
-  for (; column + 32 <= v.H; column += 32)
-    weighted_values_microkernel<NQ, 2>(v, weights, weights_stride, length, column, out);
-  if (column < v.H)
-    weighted_values_microkernel<NQ, 1>(v, weights, weights_stride, length, column, out);
+void weighted_values_rows(const T* values, int64_t H, const float* weights, int64_t weights_stride,
+                          int64_t count, bool first, float* out) {
+  int64_t i = 0;
+  for (; i + 32 <= H; i += 32)
+    weighted_values_microkernel<NQ, 2>(values + i, H, weights, weights_stride, count, first,
+                                       out + i);
+  if (i < H)
+    weighted_values_microkernel<NQ, 1>(values + i, H, weights, weights_stride, count, first,
+                                       out + i);
 }
 
+// `weighted_values` for `count` queries. All of them are multiplied with a block of values before
+// the next one, so that the block and its weights stay in the L1 cache.
 template <class T>
 void weighted_values_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride,
                           int64_t count, int64_t length, float* out) {
   const int max_nq = LANES == 16 ? 12 : 4;  // queries whose sums fit into the registers
-  for (int64_t x = 0, nq; x < count; x += nq) {
-    nq = count - x >= max_nq ? max_nq : count - x >= 4 ? 4 : count - x >= 2 ? 2 : 1;
-    const auto kernel = nq == 12  ? weighted_values_rows<12, T>
-                        : nq == 4 ? weighted_values_rows<4, T>
-                        : nq == 2 ? weighted_values_rows<2, T>
-                                  : weighted_values_rows<1, T>;
-    kernel(v, weights + x * weights_stride, weights_stride, length, out + x * v.H);
-  }
+  v.for_each_block(length, [&](int64_t first, int64_t here, const T* at, const NextKV<T>&) {
+    for (int64_t x = 0, nq; x < count; x += nq) {
+      const int64_t left = count - x;
+      nq = left >= max_nq ? max_nq : left >= 8 && LANES == 16 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const auto kernel = nq == 12  ? weighted_values_rows<12, T>
+                          : nq == 8 ? weighted_values_rows<8, T>
+                          : nq == 4 ? weighted_values_rows<4, T>
+                          : nq == 2 ? weighted_values_rows<2, T>
+                                    : weighted_values_rows<1, T>;
+      kernel(at, v.H, weights + x * weights_stride + first, weights_stride, here, first == 0,
+             out + x * v.H);
+    }
+  });
 }
 #endif
 

@@ -54,15 +54,15 @@ enum Algorithm { STREAMED, BLOCKED, TILED, PACKED };
 inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
   if (uses_int16(m)) return R < (m.format == INT4 ? 28 : 44) ? BLOCKED : PACKED;
   const int64_t words = row_bytes(m) / 4;
-  if (R <= 2 || words <= 704) return STREAMED;
+  if (R <= 2 || (R <= 48 && words <= 704)) return STREAMED;
 #if defined(__AVX512VP2INTERSECT__)
   // Zen 5: loads and multiplications of 512 bits are twice as fast as on Zen 4, so that streamed
   // kernels pay off for more rows, and packing takes a larger share of the time.
-  if (R <= 6 || (R <= 8 && words <= 1024)) return STREAMED;
+  if (words <= 704 || R <= 6 || (R <= 8 && words <= 1024)) return STREAMED;
   return R <= 48 ? TILED : PACKED;
 #else
   if (R <= 12) return BLOCKED;
-  return R <= 48 ? TILED : words <= 1024 ? STREAMED : PACKED;
+  return R <= 48 || words <= 1024 ? TILED : PACKED;
 #endif
 }
 

@@ -94,7 +94,8 @@ inline void store_vector(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-inline floats16 broadcast(float x) { return floats16{} + x; }
+// A subtraction, as compilers leave it out: 0 + x is not x for x = -0.
+inline floats16 broadcast(float x) { return x - floats16{}; }
 
 // A std::vector that begins at a cache line, so that no load of 16 floats touches two lines.
 template <class T>
