@@ -446,6 +446,45 @@ def test_an_image_is_read_once(
     assert run(engine, [request]) == [mixed_expected[4]]
 
 
+def test_memory_is_taken_before_it_is_used(
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    engine, request, cleared = Engine(transformer, processor), mixed[4], list[int]()
+    clear = engine.runner.clear
+    monkeypatch.setattr(
+        engine.runner, "clear", lambda numbers: (cleared.extend(numbers), clear(numbers))
+    )
+
+    def touched() -> list[int]:
+        cleared.clear()
+        while engine.touch_memory():
+            pass
+        return [*cleared]
+
+    on_cpu, context = device.type == "cpu", -(-engine.context_tokens // BLOCK_SIZE)
+    assert touched() == [*range(context * on_cpu)]
+    assert run(engine, [request]) == [mixed_expected[4]]
+    used = sum(bool(engine._scheduler.pool.content(block)) for block in range(context))
+    # As many again as the request has used, and none that holds its keys and values.
+    assert used > 0 and touched() == [*range(context, context + used)] * on_cpu
+    assert run(engine, [request]) == [mixed_expected[4]]
+    later = Engine(transformer, processor)
+    assert run(later, [request]) == [mixed_expected[4]]
+    while later.touch_memory():
+        pass
+    assert run(later, [request]) == [mixed_expected[4]]
+    monkeypatch.setattr("earlyfusion.engine.engine.TOUCHED_AHEAD", 2 * BLOCK)
+    limited = Engine(transformer, processor)
+    assert [limited.touch_memory() for _ in range(4)] == [on_cpu, on_cpu, False, False]
+    small = Engine(transformer, processor, cache_bytes=BLOCK)
+    assert [small.touch_memory() for _ in range(2)] == [on_cpu, False]
+
+
 def test_new_weights_take_effect(
     processor: Processor, mixed: list[Request], device: torch.device
 ) -> None:

@@ -32,6 +32,9 @@ MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.8}
 MAX_CONTEXTS = 64
 """A cache of the default size has room for at most this many sequences of full context length."""
 
+TOUCHED_AHEAD = 256 << 20
+"""Bytes of a CPU's cache whose memory an idle server takes before they are used, at most."""
+
 LONG_CONTEXT = 4096
 """Up to this context length a default cache has its minimum size even if memory is short."""
 

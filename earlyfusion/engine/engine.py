@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from earlyfusion.devices import dtype_name, is_out_of_memory
 from earlyfusion.engine.blocks import BLOCK_SIZE, BlockPool
-from earlyfusion.engine.cache import DTYPES, PagedCache, cache_size, check_fp8
+from earlyfusion.engine.cache import DTYPES, TOUCHED_AHEAD, PagedCache, cache_size, check_fp8
 from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
 from earlyfusion.engine.handle import Handle, max_branches
 from earlyfusion.engine.module_tree import CLASSES
@@ -261,11 +261,12 @@ class Engine:
         """Build the runner from the transformer's modules, at first and whenever they changed."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
+        self._num_touched = 0  # blocks with memory, as far as `touch_memory` has taken it
         # The runner makes rotary tables of all positions, and no sequence is longer than the cache.
         longest = min(self.context_tokens, self.cache_size.tokens)
         blocks, dtype = self.cache_size.blocks, self._cache_dtype
         arguments = self.transformer, self.grammar(()), blocks, longest, dtype
-        self.runner = (
+        self.runner: ModelRunner = (
             ModelRunner(*arguments, self._static, self.adapters)
             if peers_of(self.transformer) is None
             else LeadingRunner(*arguments, self._static)
@@ -280,6 +281,25 @@ class Engine:
         self._fingerprint = fingerprint(self._models)
         # Keep the modules alive: the fingerprint contains their ids, which Python would reuse.
         self._modules = [module for model in self._models for module in model.modules()]
+
+    def touch_memory(self) -> bool:
+        """Take the memory of one more block of a CPU's cache now, so that no request waits for it.
+        Returns False if nothing is left to do: a context of unused blocks, or `TOUCHED_AHEAD`
+        bytes of them, have their memory."""
+        with self._lock:
+            if self.runner.device.type != "cpu":
+                return False
+            pool = self._scheduler.pool
+            ahead = min(
+                pool.blocks_for(self.context_tokens),
+                TOUCHED_AHEAD // self.cache_size.block_bytes,
+            )
+            block = max(self._num_touched, pool.num_touched)
+            if block >= min(pool.num_touched + ahead, len(pool)):
+                return False
+            self.runner.clear([block])
+            self._num_touched = block + 1
+            return True
 
     @property
     def _models(self) -> list[Transformer]:

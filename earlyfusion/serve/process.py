@@ -314,9 +314,7 @@ class _Child:
     def run(self) -> None:
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         while True:
-            with self._condition:
-                while not (self._commands or self._handles):
-                    self._condition.wait()
+            self._await_work()
             updates = self._take_commands()
             if self._engine.busy:
                 updates += self._step()
@@ -330,6 +328,14 @@ class _Child:
                 self._sent_at, self._sent_state = monotonic(), state
             if self._failures == MAX_FAILURES:
                 return  # something in the engine itself may be broken
+
+    def _await_work(self) -> None:
+        """Wait for a command unless requests run. Meanwhile the cache takes memory in advance."""
+        while not (self._commands or self._handles):
+            if not self._engine.touch_memory():
+                with self._condition:
+                    if not self._commands:
+                        self._condition.wait()
 
     @property
     def _state(self) -> tuple[int, int]:
