@@ -46,6 +46,12 @@ const int64_t TILED_KC_WORDS = 1024;        // words of a row in a block
 const int64_t TILED_NR = 64;                // rows of weights of a panel, at most
 const int64_t TILED_PANEL_BYTES = 3 << 17;  // bytes of a panel, at most
 
+#if defined(__AVX512VP2INTERSECT__)
+const bool IS_ZEN5 = true;  // only Zen 5 and Tiger Lake have this extension
+#else
+const bool IS_ZEN5 = false;
+#endif
+
 bool uses_int16(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
 
 enum Algorithm { STREAMED, BLOCKED, TILED, PACKED };
@@ -55,15 +61,16 @@ inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
   if (uses_int16(m)) return R < (m.format == INT4 ? 28 : 44) ? BLOCKED : PACKED;
   const int64_t words = row_bytes(m) / 4;
   if (R <= 2 || (R <= 48 && words <= 704)) return STREAMED;
-#if defined(__AVX512VP2INTERSECT__)
-  // Zen 5: loads and multiplications of 512 bits are twice as fast as on Zen 4, so that streamed
-  // kernels pay off for more rows, and packing takes a larger share of the time.
-  if (words <= 704 || R <= 6 || (R <= 8 && words <= 1024)) return STREAMED;
-  return R <= 48 ? TILED : PACKED;
-#else
-  if (R <= 12) return BLOCKED;
-  return R <= 48 || words <= 1024 ? TILED : PACKED;
-#endif
+  if (IS_ZEN5) {
+    // Loads and multiplications of 512 bits are twice as fast as on Zen 4, so that streamed kernels
+    // pay off for more rows, and packing takes a larger share of the time.
+    if (words <= 704 || R <= 6 || (R <= 8 && words <= 1024)) return STREAMED;
+    return R <= 48 ? TILED : PACKED;
+  }
+  if (R <= 6) return BLOCKED;
+  // Longer rows are tiled in several blocks of columns, whose sums have to be stored in between.
+  if (words <= TILED_KC_WORDS) return TILED;
+  return R <= 24 ? BLOCKED : R <= 48 ? TILED : PACKED;
 }
 
 // Whether this file has kernels for this matrix on this processor.
@@ -384,8 +391,8 @@ template <class Dot>
 void gemm_tiled(const Matrix& m, Range range, const uint32_t* x, int64_t x_stride, int64_t R,
                 Workspace& workspace, float* y, int64_t y_stride) {
   const int64_t bytes = row_bytes(m), stride = bytes / 4, panel_rows = tiled_panel_rows(m);
-  // 7 or 8 rows are one tile, so that weights are read once.
-  const bool wide = R > BLOCKED_MR && R <= 8;
+  // 7 or 8 rows are one tile on Zen 5, so that weights are read once.
+  const bool wide = IS_ZEN5 && R > BLOCKED_MR && R <= 8;
   const int64_t NW = wide ? 2 : 4, tile_count = wide ? 1 : RowTiles<BLOCKED_MR>(R).count;
   // Blocks of about equal size, in multiples of 32 words.
   const int64_t blocks = (stride + TILED_KC_WORDS - 1) / TILED_KC_WORDS,
