@@ -4,10 +4,10 @@
         start=runs/mini_transformer
 
 Every variant starts from the same weights and sees the same documents in the same order, once at a
-usual learning rate and once at a high one that makes training unstable. Two more sizes follow at
-the usual rate. All tokens are targets, as in pre-training. Each variant has a folder under the
-run's; a repeated command skips finished ones. The results are `ablations.md` and plots of the
-curves. Tokenizer and codes are copied from the run `start`, or made. Results: docs/ablations.md.
+usual learning rate and once at a high one that makes training unstable. Two more model sizes follow
+at the usual rate. All tokens are targets, as in pre-training. Each variant has a folder under the
+run's; a repeated command skips finished ones. Tokenizer and codes are copied from the run `start`
+if there is one. Writes `ablations.md` with plots of the curves. Results: docs/ablations.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from earlyfusion.train.trainer import RunConfig, autocast, train
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the reference; `shape` has changed fields of the model's config."""
+    """A change of the reference model. `shape` changes fields of its `ModelConfig`."""
 
     qk_norm: bool = True
     z_weight: float = 1e-5
@@ -144,7 +144,7 @@ class AttentionProbe:
 
 
 class AblationTask(LanguageTask):
-    """Measures the validation set every `every` steps, and after the last."""
+    """Measures the validation set every 5 * `log_every` steps and after the last step."""
 
     def __init__(
         self,
@@ -168,11 +168,11 @@ class AblationTask(LanguageTask):
 
 
 def _validate(model: Transformer, batches: list[PackedBatch]) -> dict[str, float]:
-    """Mean nats per token of all targets, of text and of images; the largest attention score."""
+    """Mean loss in nats per target token (all, text, image) and the largest attention score."""
     probe = AttentionProbe(batches[0].document_BT)
     nats, image = [], []
     for number, batch in enumerate(batches):
-        # Scores are only measured in the first batch: the probe computes whole score matrices.
+        # Only in the first batch: the probe computes whole score matrices, which is slow.
         attend = CausalAttend(batch.document_BT) if number else probe
         attends = [attend] * model.config.num_hidden_layers
         logits_BTV = model(batch.tokens_BT, batch.positions_BT, attends)
@@ -192,7 +192,8 @@ def _validate(model: Transformer, batches: list[PackedBatch]) -> dict[str, float
 def _held_out_batches(
     config: AblationsConfig, vqgan: VQGAN, processor: Processor
 ) -> list[PackedBatch]:
-    """Batches of pairs of an image and its name, in either order, from the validation split."""
+    """Batches of `held_out` documents of the validation split: an image and its name, in either
+    order."""
     data = EmojiData(config.data)
     pairs = list(caption_pairs(data, "val"))
     chosen = pairs[:: len(pairs) // config.held_out or 1][: config.held_out]
@@ -222,7 +223,7 @@ def _encode_image(data: EmojiData, vqgan: VQGAN, image_id: str, role: str) -> Im
 
 
 def build(trial: Trial, config: AblationsConfig, vocab_size: int) -> Transformer:
-    """The model of a trial on its device. Variants of one shape begin with the same weights."""
+    """The model of a trial, on its device. Variants of the same shape start from equal weights."""
     torch.manual_seed(config.run.seed)
     shape = replace(config.model, vocab_size=vocab_size, **trial.variant.shape)
     model = Transformer(shape, trial.variant.dropout).to(resolve_device(config.run.device))
@@ -231,7 +232,7 @@ def build(trial: Trial, config: AblationsConfig, vocab_size: int) -> Transformer
         for block in model.model.layers:
             assert isinstance(block, Block)
             for name in ("q_norm", "k_norm"):
-                # After the initial weights were made, so that they are equal in all variants.
+                # After `init_weights`, so that the other weights are equal in all variants.
                 setattr(block.self_attn, name, nn.Identity())
     return model
 
@@ -243,7 +244,7 @@ def _train(
     stream: Any,
     held_out: list[PackedBatch],
 ) -> None:
-    """Train one variant and write `result.json` into its folder."""
+    """Train one variant and write `result.json` into its folder, which marks it as finished."""
     run = replace(config.run, out=config.run.out / trial.folder)
     model = build(trial, config, processor.vocabulary.size)
     pad = processor.vocabulary.pad
@@ -259,7 +260,7 @@ def _train(
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     result = {"name": trial.name, "rate": trial.rate, "parameters": blocks, "ended": ended}
     (run.out / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    # `result.json` marks the variant as finished; its weights are not needed any more.
+    # The weights are not needed any more.
     for checkpoint in run.out.glob("step-*"):
         shutil.rmtree(checkpoint)
 
@@ -297,8 +298,12 @@ def report(config: AblationsConfig) -> Path:
 
 def _plot(out: Path, group: list[Trial], metrics: tuple[str, ...]) -> PIL.Image.Image:
     curves = {t.name: curves_of(read_metrics(out / t.folder)) for t in group}
-    charts = {m: {n: own[m] for n, own in curves.items() if m in own} for m in metrics}
-    return draw_charts({m: lines for m, lines in charts.items() if lines}, DIAGNOSTICS)
+    charts = {}
+    for metric in metrics:
+        lines = {name: curve[metric] for name, curve in curves.items() if metric in curve}
+        if lines:
+            charts[metric] = lines
+    return draw_charts(charts, DIAGNOSTICS)
 
 
 def _table(out: Path, group: list[Trial]) -> str:
@@ -322,7 +327,7 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(folder: Path) -> str:
-    """A few words: whether a run ended early, or with a validation loss above its lowest."""
+    """Whether a run ended early, and whether its validation loss had risen again at the end."""
     rows = read_metrics(folder)
     if json.loads((folder / "result.json").read_text(encoding="utf-8"))["ended"]:
         return f"NaN or infinite after step {rows[-1]['step']}"
@@ -345,8 +350,8 @@ def _sizes_table(out: Path, group: list[Trial]) -> str:
 
 
 def power_law(points: list[tuple[float, float]]) -> str:
-    """A sentence: the power law through points of (weights, loss), or that every power law misses
-    one of them by over 1%."""
+    """A sentence with the power law fitted to points of (weights, loss), or one that says that the
+    fit misses a point by over 1%."""
     x, y = np.log(np.array(points)).T
     slope, intercept = np.polyfit(x, y, 1)
     error = float(np.abs(np.expm1(y - (slope * x + intercept))).max())

@@ -14,8 +14,9 @@ time and scores of the shipped weights are in the model card, earlyfusion/pretra
 With `minutes` another chain runs, for a larger model that has not been shipped: an image tokenizer
 that learns names, its decoder alone, the transformer on rows assembled on the device, and chats.
 Each stage gets a share of the minutes that are left when it begins, so the chain ends in time on
-any machine. The result is `out/chat/model/`. The shape is that of `mini_packed_transformer`; if a
-field of `model` is given (on a CPU: `max_position_embeddings=2048`), it is mini's with that change.
+any machine. The result is `out/chat/model/`. The shape is that of `mini_packed_transformer`, unless
+a field of `model` is set (on a CPU: `model.max_position_embeddings=2048`): then it is mini's shape
+with that change.
 """
 
 from __future__ import annotations
@@ -43,16 +44,18 @@ from earlyfusion.train.device_rows import save_templates
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe and the changes to its fields; starts from the weights of the stage `start`, or from
-    its `model/`, which may be a mean of weights."""
+    """One run of a recipe."""
 
     recipe: str
     start: str = ""
+    """The stage whose newest weights this one starts from ("": random weights). "NAME/model" is the
+    model that stage NAME wrote, which may be a mean of weights."""
     fields: tuple[str, ...] = ()
+    """Changes to the recipe's config, each FIELD=VALUE."""
     share: float = 0.0
-    """Share of the minutes, in the chain with a budget of minutes."""
+    """Its share of `minutes`, relative to the shares of the other stages."""
     setup_seconds: float = 0.0
-    """Seconds that are reserved for the work before the first step of the stage."""
+    """Time reserved for the work before its first step."""
 
 
 _BEFORE_SWAPS = (
@@ -76,7 +79,8 @@ STAGES = {
         ("rows=1", "pairs=0.3", "usual=0.3", "studies=0.22", "decay=hold", "stop_after=1500"),
     ),
     "drawings": Stage("mini_drawings", "usual"),
-    # Each of these runs has other shares, to mend what had got worse (docs/ablations.md).
+    # Each of these runs changes the shares of the data, to repair what the run before it had made
+    # worse (docs/ablations.md).
     "lists_first": Stage(
         "mini_deeper",
         "drawings",
@@ -95,7 +99,7 @@ STAGES = {
             *("lr=1e-3", "warmup_steps=100", "steps=8061"),
         ),
     ),
-    # Its learning rate was to fall until step 6,000, but it was stopped long before.
+    # The learning rate was planned to fall until step 6,000; the run was stopped at 1,800.
     "swapped": Stage(
         "mini_deeper",
         "images_next",
@@ -131,7 +135,7 @@ STAGES = {
     ),
     # Its model is the mean of its weights and those of "balanced".
     "last": Stage("mini_deeper", "balanced", ("start_share=0.5",)),
-    # Starts from that mean, which has two thirds of the model that is shipped.
+    # Starts from that mean. The shipped model is two thirds that mean and one third this run.
     "chats": Stage(
         "mini_deeper",
         "last/model",
@@ -155,8 +159,8 @@ TIMED_STAGES = {
     "transformer": Stage("mini_packed_transformer", "", ("prompts=",), share=0.5, setup_seconds=25),
     "chat": Stage("mini_packed_chat", "transformer", ("prompts=",), share=0.12, setup_seconds=10),
 }
-_OVERHEAD = 0.08  # share of the minutes for the work between the stages and after the last
-_MAX_SETUP = 0.2  # largest share of the remaining minutes that is reserved for setup
+_OVERHEAD = 0.08  # share of the minutes kept for work between the stages and after the last one
+_MAX_SETUP = 0.2  # setup may take at most this share of the remaining minutes
 _ENDLESS = 1_000_000  # never reached: the clock ends these runs
 _MAX_WORKERS = 12
 _PACKED = {"mini_packed_transformer", "mini_packed_chat"}
@@ -189,14 +193,14 @@ class PretrainMiniConfig:
     scale: float = 1.0
     """Share of the steps and of the documents of each stage."""
     minutes: float = 0.0
-    """How long the whole may take (0: the chain of the shipped weights, which counts steps)."""
+    """Time limit for all stages together (0: train the shipped weights, by steps)."""
     changes: tuple[str, ...] = ()
     """With `minutes`, fields of stages: `transformer.muon_lr=0.03,image_tokenizer.naming=0.1`."""
     workers: int = 0
-    """With `minutes`, processes that write documents; with more than one, the documents of all
-    stages are made ahead, while the first trains (0: up to 12 on a GPU's machine, 1 on others)."""
+    """With `minutes`, processes that write documents (0: up to 12 with a GPU, 1 without). With more
+    than one, the documents of all stages are written while the first stage trains."""
     icons: Path | None = None
-    """With `minutes`, the folder of a set of icons (docs/mini.md) that join the images."""
+    """With `minutes`, a folder of icons (docs/mini.md) to add to the images."""
     length: int = 2048
     """Tokens of a row."""
     device: str = "auto"
@@ -230,7 +234,7 @@ class PretrainMiniConfig:
 
     @property
     def chain(self) -> dict[str, Stage]:
-        """All stages in their order."""
+        """All stages, in the order in which they run."""
         return TIMED_STAGES if self.minutes else STAGES
 
 
@@ -244,21 +248,21 @@ def main(config: PretrainMiniConfig) -> None:
         if preparation and stage.recipe in _PACKED:
             preparation.join()  # if it failed, the stage makes its documents itself
         if config.minutes:
-            own = timed_config(config, name, budget)
+            recipe_config = timed_config(config, name, budget)
         else:
-            own = stage_config(config, name)
+            recipe_config = stage_config(config, name)
         head = f"stage {number} of {len(chosen)}, {name}:"
-        if is_done(own):
-            print(f"{head} done, in {own.run.out}", flush=True)
+        if is_done(recipe_config):
+            print(f"{head} done, in {recipe_config.run.out}", flush=True)
             continue
         print(f"{head} {' '.join(['earlyfusion train', stage.recipe, *stage.fields])}", flush=True)
-        recipe(stage).main(own)
+        recipe(stage).main(recipe_config)
     print(f"the last stage's folder: {config.out / chosen[-1]}")
 
 
 def prepare_ahead(config: PretrainMiniConfig, chosen: list[str]) -> BaseProcess | None:
-    """Start a process that makes the documents of all stages while the first one trains. None if
-    they are there already, or if there is only one worker, which the training itself needs."""
+    """Start a process that writes the documents of all stages while the first one trains. Returns
+    None if all are written, or if there is only one worker, which the training itself needs."""
     if not config.minutes or _workers(config) == 1:
         return None
     packed = [name for name in chosen if config.chain[name].recipe in _PACKED]
@@ -288,7 +292,7 @@ def recipe(stage: Stage) -> Any:
 
 
 def stage_config(config: PretrainMiniConfig, name: str) -> Any:
-    """The config of a stage: its recipe's with the stage's changes, folder and scale."""
+    """The config of a stage: its recipe's, with the stage's changes, folder and scale."""
     stage = STAGES[name]
     base = override(recipe(stage).config, list(stage.fields))
     run = replace(
@@ -300,36 +304,37 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
         save_every=_scaled(base.run.save_every, config.scale),
     )
     warmup = int(base.optim.warmup_steps * config.scale)
-    own = replace(base, data=config.data, run=run, optim=replace(base.optim, warmup_steps=warmup))
+    optim = replace(base.optim, warmup_steps=warmup)
+    result = replace(base, data=config.data, run=run, optim=optim)
     if name == "image_tokenizer":
-        return replace(own, model=config.model.vq_config)
+        return replace(result, model=config.model.vq_config)
     # The first stages train six of mini's ten layers; other models are divided in the same way.
     share = base.model.num_hidden_layers / PRESETS["mini"].num_hidden_layers
     layers = max(1, round(config.model.num_hidden_layers * share))
-    own = replace(
-        own,
+    result = replace(
+        result,
         model=replace(config.model, num_hidden_layers=layers),
         length=config.length,
         image_tokenizer=config.out / "image_tokenizer",
         start=config.out / stage.start if stage.start else None,
     )
-    if isinstance(own, PackedTransformerConfig):
-        documents = _scaled(own.mixture.documents, config.scale)
-        return replace(own, mixture=replace(own.mixture, documents=documents))
-    dialogues = _scaled(own.documents.dialogues, config.scale)
-    return replace(own, documents=replace(own.documents, dialogues=dialogues))
+    if isinstance(result, PackedTransformerConfig):
+        documents = _scaled(result.mixture.documents, config.scale)
+        return replace(result, mixture=replace(result.mixture, documents=documents))
+    dialogues = _scaled(result.documents.dialogues, config.scale)
+    return replace(result, documents=replace(result.documents, dialogues=dialogues))
 
 
 class TimeBudget:
-    """Divides the minutes of the whole among the stages; time before an interruption counts."""
+    """Divides `minutes` among the stages. Time spent before an interruption counts."""
 
     def __init__(self, config: PretrainMiniConfig, chosen: list[str]) -> None:
         self._config, self._chosen, self._since = config, chosen, time.monotonic()
         self._before = sum(_seconds(config.out / name) for name in chosen)
 
     def minutes(self, name: str) -> float:
-        """The minutes of one stage: its share of those that are left when it begins. They are
-        written to its folder, so that they stay the same after an interruption."""
+        """The minutes of a stage: its share of those that are left when it begins. Written to its
+        folder, so that they stay the same after an interruption."""
         path = self._config.out / name / "minutes.json"
         if path.is_file():
             return float(json.loads(path.read_text(encoding="utf-8")))
@@ -338,7 +343,7 @@ class TimeBudget:
         share = chain[name].share / sum(chain[other].share for other in later)
         spent = (self._before + time.monotonic() - self._since) / 60
         left = self._config.minutes * (1 - _OVERHEAD) - spent
-        # Otherwise the last stage would lose the setup time of all stages.
+        # Reserve the setup time of all later stages; otherwise the last stage would pay for it.
         left -= min(sum(chain[other].setup_seconds for other in later) / 60, left * _MAX_SETUP)
         minutes = max(0.001, round(left * share, 4))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,59 +352,59 @@ class TimeBudget:
 
 
 def _seconds(run: Path) -> float:
-    """How long a run has trained."""
+    """Seconds that a run has trained."""
     if not checkpoint.steps(run):
         return 0.0
     return float(checkpoint.load_state(run).get("seconds", 0.0))
 
 
 def timed_config(config: PretrainMiniConfig, name: str, budget: TimeBudget | None) -> Any:
-    """The config of a stage that ends with its minutes, for the device of this machine. Without a
-    `budget` it has no minutes, and can be used for everything but training."""
+    """The config of a stage that ends after its minutes of the `budget`, on the device of
+    `config`. Without a `budget` no minutes are set, which is enough for all but training."""
     stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
     base = recipe(stage).config
     start = config.out / stage.start
-    fixed = _ON_GPU if on_gpu else _ON_CPU
-    fields = [f"{k}={v}" for k, v in fixed.items() if _has_field(base, k)]
+    device_fields = _ON_GPU if on_gpu else _ON_CPU
+    fields = [f"{k}={v}" for k, v in device_fields.items() if _has_field(base, k)]
     fields += [*stage.fields, *([f"start={start}"] if stage.start else [])]
     fields += [f"minutes={budget.minutes(name)}"] if budget else []
     fields += [f"steps={_ENDLESS}", f"device={config.device}"]
     fields += [f"icons={config.icons}"] if config.icons else []
     fields += [c.removeprefix(f"{name}.") for c in config.changes if c.startswith(f"{name}.")]
-    own = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
-    changed = config.model != PRESETS["mini"]
-    if not isinstance(own, PackedTransformerConfig):
-        return replace(own, model=config.model.vq_config) if changed else own
+    result = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
+    other_shape = config.model != PRESETS["mini"]
+    if not isinstance(result, PackedTransformerConfig):
+        return replace(result, model=config.model.vq_config) if other_shape else result
     mixture = replace(
-        own.mixture,
-        documents=_scaled(own.mixture.documents, config.scale),
+        result.mixture,
+        documents=_scaled(result.mixture.documents, config.scale),
         workers=_workers(config),
     )
     return replace(
-        own,
-        model=config.model if changed else own.model,
+        result,
+        model=config.model if other_shape else result.model,
         image_tokenizer=config.out / "decoder",
         length=config.length,
         mixture=mixture,
-        run=replace(own.run, compile=on_gpu),
+        run=replace(result.run, compile=on_gpu),
     )
 
 
 def _has_field(config: Any, name: str) -> bool:
-    """Whether a config, or a config within it, has a field of this name."""
+    """Whether a config or one of the configs in its fields has a field of this name."""
     parts = [config, *(v for v in vars(config).values() if hasattr(v, "__dataclass_fields__"))]
     return any(name in part.__dataclass_fields__ for part in parts)
 
 
 def is_done(config: Any) -> bool:
-    """Whether a stage has its last checkpoint, and its model if it is to leave one."""
+    """Whether a stage wrote its last checkpoint and, if it is one of the transformer, its model."""
     run = config.run
     last = min(run.steps, run.stop_after or run.steps)
     trained = checkpoint.steps(run.out)[-1:] == [last]
     if run.minutes:
         trained = trained or _seconds(run.out) >= 60 * run.minutes
-    leaves_model = isinstance(config, StageConfig)
-    return trained and (not leaves_model or (run.out / "model" / "config.json").is_file())
+    writes_model = isinstance(config, StageConfig)
+    return trained and (not writes_model or (run.out / "model" / "config.json").is_file())
 
 
 def _scaled(count: int, scale: float) -> int:

@@ -40,19 +40,19 @@ GENERATION = {
 
 @dataclass
 class StageConfig:
-    """The fields that all trainings of the transformer of mini share. Raises `SettingError`."""
+    """Fields of every recipe that trains mini's transformer. Raises `SettingError`."""
 
     data: Path = Path("data/emoji")
     """Folder of the emoji data (docs/mini.md)."""
     image_tokenizer: Path = Path("runs/mini_image_tokenizer")
     """The run of an image tokenizer, or a model's folder, or `mini`."""
     start: Path | None = None
-    """The run whose newest weights and tokenizer this one begins with, or a model's folder, or
-    `mini`."""
+    """Where the weights and the tokenizer come from: a run (its newest weights), a model's folder,
+    or `mini` (none: random weights and a new tokenizer)."""
     rows: int = 2
-    """Packed rows of a step."""
+    """Packed rows per step."""
     length: int = 2048
-    """Tokens of a row."""
+    """Tokens per row."""
     dropout: float = 0.0
     """Share of the outputs of attention and feed-forward that are set to zero."""
     z_weight: float = 1e-5
@@ -74,8 +74,8 @@ class StageConfig:
 
 
 def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
-    """The image tokenizer with the newest weights of a run, or with those of a model's folder,
-    rounded to fp16. Raises `SettingError` if that of a model has another shape than in `config`."""
+    """The image tokenizer of a run (its newest weights) or of a model's folder, rounded to fp16.
+    Raises `SettingError` if that of a model has another shape than `config.vq_config`."""
     if (folder := model_folder(run)) is not None:
         source = detect.open_source(folder)
         if source.config.vq_config != config.vq_config:
@@ -88,7 +88,7 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
     else:
         tensors = checkpoint.weights(run)
     vqgan = VQGAN(config.vq_config)
-    # Codes must be those of the image tokenizer as it is shipped: in fp16.
+    # Rounded, because the shipped image tokenizer is fp16 and must give the same codes.
     vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
     return accelerate(vqgan.eval().requires_grad_(False))
 
@@ -96,9 +96,8 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
 def text_tokenizer(
     config: StageConfig, samples: Iterable[Sample], whole: Sequence[str] = ()
 ) -> Path:
-    """The tokenizer's file in the run's folder: the one that is there, or a copy of that of
-    `start`, or one that is trained on the samples. If it is trained, each word of `whole` becomes
-    one token."""
+    """The path of `tokenizer.json` in the run's folder. A missing one is copied from `start` or,
+    without a `start`, trained on the samples, with each word of `whole` as one token."""
     path = config.run.out / "tokenizer.json"
     if path.exists():
         return path
@@ -114,7 +113,7 @@ def text_tokenizer(
 
 
 def model_folder(start: Path) -> Path | None:
-    """The folder of a model that `start` names, "mini" included; None if it names a run."""
+    """The model folder that `start` names ("mini" is the embedded one); None if it names a run."""
     folder = detect.locate(start) if str(start) in detect.EMBEDDED else start
     return folder if (folder / "config.json").is_file() else None
 
@@ -127,7 +126,7 @@ def file_of_start(start: Path, name: str) -> Path:
 
 
 def first_model(config: StageConfig, vocab_size: int) -> Transformer:
-    """The model on its device, with random weights from the run's seed, or those of `start`."""
+    """The model on the run's device: the weights of `start`, or random ones from the run's seed."""
     torch.manual_seed(config.run.seed)
     model = Transformer(replace(config.model, vocab_size=vocab_size), config.dropout)
     model = model.to(resolve_device(config.run.device))
@@ -144,12 +143,12 @@ def first_model(config: StageConfig, vocab_size: int) -> Transformer:
 
 
 def deepen(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The weights of a transformer with `layers` layers that computes the same as the shallower one
-    with the weights `tensors`.
+    """Weights for `layers` layers that compute the same function as the weights `tensors`, which
+    have fewer layers.
 
-    Some layers are repeated, spread evenly over all. A repetition adds nothing at first, because
-    its output projections are zero (as in LLaMA Pro, arXiv 2401.02415). Weights of as many layers
-    or more are returned as they are.
+    Some layers are repeated, spread evenly. A repetition adds nothing at first, because its output
+    projections are zero (as in LLaMA Pro, arXiv 2401.02415). If `tensors` has as many layers or
+    more, it is returned unchanged.
     """
     prefix = "model.layers."
     old_layers = 1 + max(
@@ -172,7 +171,7 @@ def deepen(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
 def prompted_images(
     config: StageConfig, model: Transformer, processor: Processor, vqgan: VQGAN
 ) -> PromptedImages:
-    """Generates images for `config.prompts` during the run."""
+    """What generates images for `config.prompts` during the run."""
     return PromptedImages(
         model,
         processor,
