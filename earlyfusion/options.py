@@ -1,14 +1,15 @@
-"""Options of commands, made from the fields of dataclasses. The name, type, default and meaning of
-an option stand in one place, its field; the meaning is the text below the field. Fields are read
-from source, because `--help` and completion would otherwise wait for modules that import torch."""
+"""Options of commands, made from the fields of dataclasses: an option takes its name, type, default
+and help (the text below the field) from its field. Fields are read from source code, because
+importing their modules would import torch, and `--help` and completion would wait for that."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -24,10 +25,10 @@ _PACKAGE = Path(__file__).parent
 class FieldsOf:
     """Options for the fields of the dataclass `name` in the file `source` of this package.
 
-    A command's parameter `Annotated[dict[str, Any], FieldsOf(...)]` stands for all of them and gets
-    the values that are set. `flags`, `choices` and `hidden` name the fields whose option has
-    another name, a few possible values, or no line in the help. For a field whose default is None
-    the help shows its entry in `shown_defaults`, or else `unset`.
+    A command's parameter `Annotated[dict[str, Any], FieldsOf(...)]` stands for all of them; its
+    value is a dict of the options that the user set. Fields in `omitted` get no option, those in
+    `hidden` no line in the help. `flags` renames an option, `choices` limits its values. As the
+    default of a field that has none, the help shows its entry in `shown_defaults`, or `unset`.
     """
 
     source: str
@@ -35,40 +36,42 @@ class FieldsOf:
     unset: str = ""
     omitted: Collection[str] = ()
     hidden: Collection[str] = ()
-    shown_defaults: Mapping[str, str] = field(default_factory=dict)
-    flags: Mapping[str, str] = field(default_factory=dict)
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shown_defaults: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def parameters(self) -> list[Parameter]:
-        found = fields_in_source(_PACKAGE / self.source, self.name)
-        return [self._parameter(each) for each in found if each.name not in self.omitted]
+        declared = fields_in_source(_PACKAGE / self.source, self.name)
+        return [self._parameter(field) for field in declared if field.name not in self.omitted]
 
     def collect(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that are set; those of an option that may be repeated as a tuple."""
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return {name: value for name, value in plain.items() if value not in (None, ())}
+        """The values that the user set; lists of repeated options become tuples."""
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return {name: value for name, value in tuples.items() if value not in (None, ())}
 
-    def _parameter(self, each: Field) -> Parameter:
-        default = None if each.default in ("", ()) else each.default
-        unset = self.shown_defaults.get(each.name, self.unset)
-        repeated = "[str" in each.type
+    def _parameter(self, field: Field) -> Parameter:
+        name = field.name
+        default = None if field.default in ("", ()) else field.default
+        unset = self.shown_defaults.get(name, self.unset)
+        repeated = "[str" in field.type
         option = typer.Option(
-            self.flags.get(each.name, f"--{each.name.replace('_', '-')}"),
-            help=each.meaning + (" May be repeated." if repeated else ""),
-            hidden=each.name in self.hidden,
+            self.flags.get(name, f"--{name.replace('_', '-')}"),
+            help=field.meaning + (" May be repeated." if repeated else ""),
+            hidden=name in self.hidden,
             show_default=unset if default is None and unset else True,
-            **_NUMBERS.get(each.type.removesuffix(" | None"), {}),
+            **_NUMBERS.get(field.type.removesuffix(" | None"), {}),
         )
-        value: Any = list[str] if repeated else Path if "Path" in each.type else str
-        if each.name in self.choices:
-            value = Literal[self.choices[each.name]]
+        value: Any = list[str] if repeated else Path if "Path" in field.type else str
+        if name in self.choices:
+            value = Literal[self.choices[name]]
         annotation = Annotated[value | None, option]
-        return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def with_options(command: Callable[..., object]) -> Callable[..., object]:
-    """A command in the form that Typer needs, for one with parameters that stand for several
-    options: parameters annotated with `FieldsOf`, or dataclasses of annotated options."""
+    """The command in the form that Typer needs, with one parameter per option. It replaces each
+    parameter that stands for several options: one annotated with `FieldsOf`, or whose type is a
+    dataclass of annotated options."""
     signature = inspect.signature(command, eval_str=True)
     parameters: list[Parameter] = []
     groups: dict[str, tuple[list[str], Callable[[dict[str, Any]], Any]]] = {}
@@ -81,10 +84,10 @@ def with_options(command: Callable[..., object]) -> Callable[..., object]:
             groups[parameter.name] = [option.name for option in group[0]], group[1]
 
     @functools.wraps(command)
-    def call(**given: Any) -> object:
-        for name, (options, made_of) in groups.items():
-            given[name] = made_of({option: given.pop(option) for option in options})
-        return command(**given)
+    def call(**values: Any) -> object:
+        for name, (options, combine) in groups.items():
+            values[name] = combine({option: values.pop(option) for option in options})
+        return command(**values)
 
     # Typer reads both attributes.
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -93,16 +96,19 @@ def with_options(command: Callable[..., object]) -> Callable[..., object]:
 
 
 def _group(annotation: Any) -> tuple[list[Parameter], Callable[[dict[str, Any]], Any]] | None:
-    """The options that a parameter stands for, and what makes its value from theirs."""
+    """The options that a parameter stands for and the function that combines their values into the
+    parameter's. None for an ordinary parameter."""
     if is_dataclass(annotation) and isinstance(annotation, type):
         hints = get_type_hints(annotation, include_extras=True)
         options = [
             Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-            for f in fields(annotation)
+            for f in dataclasses.fields(annotation)
         ]
         return options, lambda values: annotation(**values)
-    found = [extra for extra in get_args(annotation) if isinstance(extra, FieldsOf)]
-    return (found[0].parameters(), found[0].collect) if found else None
+    for metadata in get_args(annotation):
+        if isinstance(metadata, FieldsOf):
+            return metadata.parameters(), metadata.collect
+    return None
 
 
 def whole_option(help: str, unset: str = "") -> Any:
@@ -119,10 +125,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 
 def parse_bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]i?)?b?", text.lower())
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]i?)?b?", text.lower())
+    if match is None:
         raise typer.BadParameter(f"{text!r} is not a number of bytes such as 2000000000 or 2GB")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def _number(text: str) -> float:
@@ -139,7 +145,7 @@ def _whole(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a whole number") from None
 
 
-# The errors of Typer's own numbers do not contain the wrong value.
+# Typer's own number types raise errors that do not name the wrong value.
 _NUMBERS: dict[str, dict[str, Any]] = {
     "float": {"parser": _number, "metavar": "NUMBER"},
     "int": {"parser": _whole, "metavar": "WHOLE"},
