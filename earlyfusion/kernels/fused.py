@@ -1,17 +1,17 @@
 """Training on a CPU: norms, packed attention and SwiGLU with gradients written by hand.
 
-They give what the modules of `model/` give, with fewer passes over memory. The passes are compiled
-code, `training.cpp`, built by `native.py`; its arithmetic is fp32. Without a compiler, RMSNorm and
-the attention of long documents have hand-written gradients in torch (`attend_documents` rounds
-scores to bf16, as transformers' eager attention does), and the rest is torch's own.
+They compute the same as the modules of `model/` with fewer passes over memory, in compiled code
+(`training.cpp`, built by `native.py`) with fp32 arithmetic. Without a compiler, RMSNorm and the
+attention of long documents have hand-written gradients in torch (`attend_documents` rounds scores
+to bf16, as transformers' eager attention does), and the rest is torch's own.
 
-The twins at the end (`twins.py`) use them when gradients of plain tensors on a CPU are needed.
-Otherwise (GPUs, split layers, no gradients, traced code, torch.func's transforms, forward-mode AD)
-they call the original. A backward pass that is to be differentiated again, or that is itself
-transformed, is computed by autograd through the plain formula.
+The twins at the end of this file (see `twins.py`) use them when plain tensors on a CPU need
+gradients. In all other cases (GPUs, split layers, no gradients, traced code, torch.func's
+transforms, forward-mode AD) they call the original. A backward pass that is to be differentiated
+again, or that is itself transformed, is computed by autograd from the plain formula.
 """
 
-# Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head
+# Shapes: B rows, T tokens of a row, S = B * T tokens, N query heads, K key and value heads, H head
 # width; Q queries and J keys of a tile.
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from earlyfusion.model.attention import attend_per_document
 from earlyfusion.model.rotary import Rotary, rotate
 from earlyfusion.model.transformer import autocast_dtype
 
-_QUERIES = 128  # of a tile
-_LONG_DOCUMENT = 112  # from this mean number of tokens per document, tiles are faster (measured)
-_TILED_DOCUMENT = 2048  # from this mean number on, tiles are as fast as compiled code (measured)
+_TILE_QUERIES = 128
+_LONG_DOCUMENT = 112  # mean tokens per document from which tiles beat torch's attention (measured)
+_TILED_DOCUMENT = 2048  # mean from which tiles are as fast as compiled code (measured)
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16)
-_COMPILED_WIDTH = 16  # compiled passes take rows whose width is a multiple of this
+_COMPILED_WIDTH = 16  # compiled code needs vectors whose width is a multiple of this
 
 
 class Tile(NamedTuple):
-    """Queries `first` to `last` attend to keys `start` to `last`. `bias_QJ` is -inf for the keys of
-    other documents and of later tokens, else 0."""
+    """Queries [first, last) with the keys [start, last). `bias_QJ` is -inf for keys of other
+    documents and of later tokens, else 0."""
 
     first: int
     last: int
@@ -67,8 +67,8 @@ def is_cpu_training(*inputs: Tensor) -> bool:
 
 
 def is_transformed(*inputs: Tensor) -> bool:
-    """Whether torch.func or forward-mode AD is active, or gradients come in a batch: a hand-written
-    gradient is not enough."""
+    """Whether hand-written gradients cannot be used, because torch.func or forward-mode AD is
+    active, or gradients come in a batch."""
     return bool(torch._C._are_functorch_transforms_active()) or any(
         torch._C._functorch.is_legacy_batchedtensor(x)
         or forward_ad.unpack_dual(x).tangent is not None
@@ -77,8 +77,8 @@ def is_transformed(*inputs: Tensor) -> bool:
 
 
 def needs_autograd(grad: Tensor) -> bool:
-    """Whether autograd must compute a backward pass, as it is to be differentiated again or is
-    itself transformed."""
+    """Whether autograd must compute this backward pass, because it is to be differentiated again or
+    is itself transformed."""
     return torch.is_grad_enabled() or is_transformed(grad)
 
 
@@ -91,25 +91,25 @@ def autograd_gradients(
         # Aliases, because one input may depend on another or be the same tensor.
         inputs = tuple(x.view_as(x) for x in inputs)
         out = formula(*inputs)
-    wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
-    return tuple(next(found) if x.requires_grad else None for x in inputs)
+    differentiable = [x for x in inputs if x.requires_grad]
+    grads = iter(torch.autograd.grad(out, differentiable, grad, create_graph=create_graph))
+    return tuple(next(grads) if x.requires_grad else None for x in inputs)
 
 
-def _apply(function: type[torch.autograd.Function], *given: Any) -> Tensor:
-    # Contiguous before the function, so that a second derivative passes through the copies too.
-    dense = (x.contiguous() if isinstance(x, Tensor) else x for x in given)
-    out: Tensor = function.apply(*dense)
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    # Copied here and not in `forward`, so that second derivatives pass through the copies too.
+    contiguous_args = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
+    out: Tensor = function.apply(*contiguous_args)
     return out
 
 
 def document_tiles(lengths: list[int]) -> list[Tile]:
-    """Tiles over documents of these lengths in order: causal within each document."""
+    """Tiles for causal attention within consecutive documents of these lengths."""
     counts = torch.tensor(lengths)
     start_S = (counts.cumsum(0) - counts).repeat_interleave(counts)
     tiles = []
-    for first in range(0, len(start_S), _QUERIES):
-        queries_Q = torch.arange(first, min(first + _QUERIES, len(start_S)))
+    for first in range(0, len(start_S), _TILE_QUERIES):
+        queries_Q = torch.arange(first, min(first + _TILE_QUERIES, len(start_S)))
         # From the beginning of the first query's document: earlier keys are all hidden.
         start, last = int(start_S[first]), int(queries_Q[-1]) + 1
         keys_J = torch.arange(start, last)
@@ -120,13 +120,14 @@ def document_tiles(lengths: list[int]) -> list[Tile]:
 
 
 def attend_documents(q_NSH: Tensor, k_NSH: Tensor, v_NSH: Tensor, tiles: list[Tile]) -> Tensor:
-    """Attention in bf16, scaled by 1 / sqrt(H), a tile at a time in both directions."""
+    """Attention in bf16, scaled by 1 / sqrt(H), computed tile by tile, forward and backward."""
     out: Tensor = _DocumentAttention.apply(q_NSH, k_NSH, v_NSH, tiles)  # type: ignore[no-untyped-call]
     return out
 
 
 class _DocumentAttention(torch.autograd.Function):
-    """Matrix products and torch's own softmax in both directions; no scores are kept."""
+    """Matrix products and torch's softmax. The backward pass computes the scores again: keeping
+    them would take more memory than all else."""
 
     @staticmethod
     def forward(ctx: Any, q_NSH: Tensor, k_NSH: Tensor, v_NSH: Tensor, tiles: list[Tile]) -> Tensor:
@@ -135,7 +136,6 @@ class _DocumentAttention(torch.autograd.Function):
             first, last, start, _ = tile
             probs_NQJ = _attention_probs(q_NSH, k_NSH, tile)
             out_NSH[:, first:last] = torch.bmm(probs_NQJ, v_NSH[:, start:last])
-        # The backward pass recomputes the probabilities: keeping them would need the most memory.
         ctx.save_for_backward(q_NSH, k_NSH, v_NSH)
         ctx.tiles = tiles
         return out_NSH
@@ -148,7 +148,7 @@ class _DocumentAttention(torch.autograd.Function):
             return *autograd_gradients(partial(_attended, ctx.tiles), heads, grads[0]), None
         grad_NSH, scale = grads[0], 1 / math.sqrt(q_NSH.shape[-1])
         grad_q = torch.empty_like(q_NSH)
-        # Keys and values get sums over several tiles, which bf16 would round each time.
+        # In fp32: gradients of keys and values are sums over tiles, and bf16 would round each sum.
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k_NSH, v_NSH))
         for tile in ctx.tiles:
             queries, keys = slice(tile.first, tile.last), slice(tile.start, tile.last)
@@ -235,8 +235,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def _run(name: str, *args: Tensor | int | float) -> None:
-    """Calls a function of `training.cpp`; tensors are passed by their address."""
-    given = (
+    """Call a function of `training.cpp`. Tensors are passed by their address."""
+    c_args = (
         ctypes.c_void_p(x.data_ptr())
         if isinstance(x, Tensor)
         else ctypes.c_float(x)
@@ -246,16 +246,16 @@ def _run(name: str, *args: Tensor | int | float) -> None:
     )
     function = getattr(library(), name)
     function.restype = None
-    function(*given, ctypes.c_int64(torch.get_num_threads()))
+    function(*c_args, ctypes.c_int64(torch.get_num_threads()))
 
 
 def is_compiled(width: int) -> bool:
-    """Whether compiled passes serve rows of this width."""
+    """Whether compiled code can be used for vectors of this width."""
     return width % _COMPILED_WIDTH == 0 and library() is not None
 
 
 class _CompiledAttention(torch.autograd.Function):
-    """Causal attention within each document, a (document, head) at a time."""
+    """Causal attention within each document, one document and head at a time."""
 
     @staticmethod
     def forward(
@@ -376,8 +376,8 @@ def _is_unmodified(module: nn.Module, module_class: type[nn.Module]) -> bool:
     return type(module) is module_class and not any(changes)
 
 
-# Compiled code does not check sizes. Where they do not fit, torch is called, which broadcasts or
-# raises an error.
+# Compiled code does not check shapes. The twins do, and call torch where shapes differ: it
+# broadcasts or raises an error.
 
 
 class RMSNorm(transformer.RMSNorm):
@@ -389,8 +389,9 @@ class RMSNorm(transformer.RMSNorm):
 
 
 def _weights_fit(norm: nn.Module, x_BTNH: Tensor) -> bool:
-    given = (norm.weight, norm.bias)
-    return all(x.dtype is torch.float32 and x.shape == x_BTNH.shape[2:] for x in given)
+    """Whether the norm has an fp32 weight and bias (N, H)."""
+    parameters = (norm.weight, norm.bias)
+    return all(p.dtype is torch.float32 and p.shape == x_BTNH.shape[2:] for p in parameters)
 
 
 def _tables_fit(rotary: Rotary, x_BTNH: Tensor) -> bool:
