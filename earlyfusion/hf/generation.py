@@ -92,14 +92,13 @@ class MultimodalGeneration:
         max_images: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`, in a mode that says what may be generated.
+        """transformers' `generate`, with a mode that limits which tokens may be generated.
 
-        None: any token but an image's, as in transformers' own class. "text-only": text until it
-        ends. "image-only": one image. "interleaved-text-image": text and at most `max_images`
-        whole images. "free": any token. `guidance_text` and `guidance_image` are the weights of
-        Meta's three-branch guidance for images; 1 is off. In "text-only", "image-only" and
-        "interleaved-text-image" the prompt is returned with its images' own tokens in place of
-        placeholders.
+        None: all but image tokens, as in transformers' class. "text-only": text. "image-only": one
+        image. "interleaved-text-image": text and at most `max_images` whole images. "free": all
+        tokens. `guidance_text` and `guidance_image` are the weights of Meta's three-branch guidance
+        for images (1: off). In "text-only", "image-only" and "interleaved-text-image" the returned
+        ids contain the tokens of the prompt's images instead of placeholders.
         """
         SamplingParams(  # raises for an impossible value
             guidance_text=guidance_text, guidance_image=guidance_image, max_images=max_images
@@ -114,9 +113,9 @@ class MultimodalGeneration:
         ids_BT = self._prompt_ids(inputs, kwargs)
         configs = [c for c in (generation_config, self.generation_config) if c is not None]
         max_tokens = self._new_tokens(_OUTPUTS[mode], ids_BT.shape[1], kwargs, configs)
-        fewest = _fewest_new(kwargs, configs, ids_BT.shape[1])
+        min_tokens = _min_new_tokens(kwargs, configs, ids_BT.shape[1])
         limits = self._limits_of(
-            mode, max_tokens, fewest, guidance_text, guidance_image, max_images
+            mode, max_tokens, min_tokens, guidance_text, guidance_image, max_images
         )
         self._check_allowed(limits, kwargs, configs)
         more["logits_processor"] = self._processors(
@@ -143,21 +142,24 @@ class MultimodalGeneration:
     def _get_logits_processor(
         self, *args: Any, model_kwargs: Any = None, logits_processor: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; the other branch of its own guidance has the same logits."""
+        """As in transformers. The unconditional branch of its own guidance gets the same
+        `image_logits`."""
         more = kwargs | {"model_kwargs": model_kwargs, "logits_processor": logits_processor}
         parent: Any = super()
         processors = parent._get_logits_processor(*args, **more)
         image_logits = (model_kwargs or {}).get("image_logits")
         for processor in processors:
-            is_own = not any(processor is given for given in logits_processor or ())
-            if is_own and isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            from_user = any(processor is other for other in logits_processor or ())
+            if not from_user and isinstance(
+                processor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+            ):
                 processor.model = partial(processor.model, image_logits=image_logits)
         return processors
 
     def _get_candidate_generator(
         self, *args: Any, model_kwargs: Any, assistant_model: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; an assistant model of another class has no image logits to choose."""
+        """As in transformers. Assistant models of other classes do not know `image_logits`."""
         if assistant_model is not None and not isinstance(assistant_model, MultimodalGeneration):
             model_kwargs = {k: v for k, v in model_kwargs.items() if k != "image_logits"}
         more = kwargs | {"model_kwargs": model_kwargs, "assistant_model": assistant_model}
@@ -165,7 +167,7 @@ class MultimodalGeneration:
         return parent._get_candidate_generator(*args, **more)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching; as in plain `generate`, without image tokens."""
+        """transformers' continuous batching. As in plain `generate`, without image tokens."""
         parent: Any = super()
         before, self.image_logits = self.image_logits, False
         try:
@@ -203,30 +205,30 @@ class MultimodalGeneration:
         self,
         mode: str,
         max_tokens: int,
-        fewest: int,
-        text: float,
-        image: float,
+        min_tokens: int,
+        guidance_text: float,
+        guidance_image: float,
         max_images: int | None,
     ) -> _Limits:
         output, tokens = _OUTPUTS[mode], self.tokens_per_image
-        most = 1 if output == "image" else max_tokens // tokens
-        images = most if max_images is None else max_images
+        default_images = 1 if output == "image" else max_tokens // tokens
+        images = default_images if max_images is None else max_images
         if output == "image" and (images < 1 or max_tokens < tokens):
             raise SettingError(
                 f"max_new_tokens={max_tokens} and max_images={images} leave no room for an image "
                 f"of {tokens} tokens: raise them, or shorten the prompt"
             )
-        if output == "image" and fewest > tokens and max_tokens > tokens:
+        if output == "image" and min_tokens > tokens and max_tokens > tokens:
             raise SettingError(
-                f"at least {fewest} new tokens are more than an image, which has {tokens}: leave "
-                "min_new_tokens and min_length out"
+                f"at least {min_tokens} new tokens are more than an image, which has {tokens}: "
+                "leave min_new_tokens and min_length out"
             )
-        return _Limits(output, images, max_tokens, text, image)
+        return _Limits(output, images, max_tokens, guidance_text, guidance_image)
 
     def _check_allowed(
         self, limits: _Limits, kwargs: Mapping[str, Any], configs: Sequence[Any]
     ) -> None:
-        """Raise `SettingError` if an image could not begin or go on."""
+        """Raise `SettingError` if an image cannot begin or continue without forbidden tokens."""
         always = {
             *_setting("suppress_tokens", kwargs, configs, ()),
             *(w[0] for w in _setting("bad_words_ids", kwargs, configs, ()) if len(w) == 1),
@@ -256,13 +258,14 @@ class MultimodalGeneration:
         kwargs: Mapping[str, Any],
         configs: Sequence[Any],
     ) -> int:
-        """The number of new tokens: as requested, else one image or the whole context. Limits of
-        a generation config are meant for replies with text: pipelines set one of 256 tokens."""
-        limit = self.config.max_position_embeddings
-        left, max_tokens = limit - prompt_tokens, _most_new(kwargs, prompt_tokens)
+        """The limit of new tokens: as requested, else one image or the rest of the context. Output
+        "image" ignores limits in a generation config, which are meant for text: pipelines set one
+        of 256 tokens."""
+        context = self.config.max_position_embeddings
+        left, max_tokens = context - prompt_tokens, _max_new_tokens(kwargs, prompt_tokens)
         if max_tokens is None and output != "image":
-            most = (_most_new(vars(config), prompt_tokens) for config in configs)
-            max_tokens = next((min(number, left) for number in most if number is not None), None)
+            limits = (_max_new_tokens(vars(config), prompt_tokens) for config in configs)
+            max_tokens = next((min(limit, left) for limit in limits if limit is not None), None)
         if max_tokens is None:
             max_tokens = self.tokens_per_image if output == "image" else left
         if max_tokens < 1:
@@ -273,7 +276,7 @@ class MultimodalGeneration:
         if max_tokens > left:
             raise ContextError(
                 f"a prompt of {prompt_tokens} tokens and {max_tokens} new ones do not fit into the "
-                f"context of {limit}: shorten the prompt or set max_new_tokens"
+                f"context of {context}: shorten the prompt or set max_new_tokens"
             )
         return int(max_tokens)
 
@@ -283,10 +286,9 @@ class MultimodalGeneration:
         ids_BT: Tensor,
         kwargs: Mapping[str, Any],
         configs: Sequence[Any],
-        given: Any,
+        user_processors: Any,
     ) -> LogitsProcessorList:
-        beams = kwargs.get("num_beams") or next((c.num_beams for c in configs if c.num_beams), 1)
-        if limits.guided and beams > 1:
+        if limits.guided and _nonzero_setting("num_beams", kwargs, configs, 1) > 1:
             raise SettingError("guidance does not work with beams: set num_beams=1")
         if limits.guided and _is_assisted(kwargs, configs):
             raise SettingError(
@@ -304,7 +306,7 @@ class MultimodalGeneration:
         mask_BT = kwargs.get("attention_mask")
         branches = _Guidance(self, limits, mask_BT) if limits.guided else None
         grammar_processor = GrammarLogits(grammar, limits, ids_BT.shape[1], branches)
-        return LogitsProcessorList([*(given or []), grammar_processor])
+        return LogitsProcessorList([*(user_processors or []), grammar_processor])
 
     def _generate_kwargs(
         self, limits: _Limits, configs: Sequence[Any], kwargs: dict[str, Any]
@@ -319,13 +321,13 @@ class MultimodalGeneration:
         return kwargs | {"max_new_tokens": limits.max_tokens, "image_logits": True}
 
     def _stop_ids(self, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
-        known = (c.eos_token_id for c in configs if c.eos_token_id is not None)
-        given = kwargs.get("eos_token_id", next(known, None))
-        return [] if given is None else torch.as_tensor(given).flatten().tolist()
+        in_configs = (c.eos_token_id for c in configs if c.eos_token_id is not None)
+        ids = kwargs.get("eos_token_id", next(in_configs, None))
+        return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
 
-def _most_new(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
-    """The most new tokens that these settings of transformers allow; None without a limit."""
+def _max_new_tokens(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
+    """The limit of new tokens in these settings of transformers; None without a limit."""
     if settings.get("max_new_tokens") is not None:
         return int(settings["max_new_tokens"])
     if settings.get("max_length") is not None:
@@ -333,28 +335,33 @@ def _most_new(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
     return None
 
 
-def _fewest_new(settings: Mapping[str, Any], configs: Sequence[Any], prompt_tokens: int) -> int:
-    """The fewest new tokens that these settings of transformers ask for."""
-    both = (
-        settings.get(name) or next((v for c in configs if (v := getattr(c, name))), 0)
-        for name in ("min_new_tokens", "min_length")
-    )
-    new, length = both
-    return int(max(new, length - prompt_tokens))
-
-
-def _setting(name: str, kwargs: Mapping[str, Any], configs: Sequence[Any], default: Any) -> Any:
-    """A setting of transformers: of the call, or else of the first config that has it."""
-    values = (kwargs.get(name), *(getattr(config, name) for config in configs))
-    return next((value for value in values if value is not None), default)
+def _min_new_tokens(kwargs: Mapping[str, Any], configs: Sequence[Any], prompt_tokens: int) -> int:
+    """The minimum number of new tokens in the settings of transformers."""
+    min_new_tokens = _nonzero_setting("min_new_tokens", kwargs, configs, 0)
+    min_length = _nonzero_setting("min_length", kwargs, configs, 0)
+    return int(max(min_new_tokens, min_length - prompt_tokens))
 
 
 def _is_assisted(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> bool:
-    lookups = (
-        kwargs.get("prompt_lookup_num_tokens"),
-        *(c.prompt_lookup_num_tokens for c in configs),
-    )
-    return kwargs.get("assistant_model") is not None or any(lookups)
+    lookup = _nonzero_setting("prompt_lookup_num_tokens", kwargs, configs, 0)
+    return kwargs.get("assistant_model") is not None or bool(lookup)
+
+
+def _setting(name: str, kwargs: Mapping[str, Any], configs: Sequence[Any], default: Any) -> Any:
+    """A setting of transformers: from the call's arguments, or the first config that sets it."""
+    values = _setting_values(name, kwargs, configs)
+    return next((value for value in values if value is not None), default)
+
+
+def _nonzero_setting(
+    name: str, kwargs: Mapping[str, Any], configs: Sequence[Any], default: int
+) -> Any:
+    """As `_setting`, for numbers of which 0 means that it is not set."""
+    return next((value for value in _setting_values(name, kwargs, configs) if value), default)
+
+
+def _setting_values(name: str, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[Any]:
+    return [kwargs.get(name), *(getattr(config, name) for config in configs)]
 
 
 def _check_unguided(text: float, image: float) -> None:
@@ -366,11 +373,14 @@ def _check_unguided(text: float, image: float) -> None:
 
 
 class GrammarLogits(LogitsProcessor):
-    """Forbids the tokens that the grammar does not allow after those generated so far. A token that
-    the grammar forces comes even if other processors forbid it. Keeps the rows' states of the last
-    call. Beams may reorder and repeat rows, and other searches go back, so each row looks for the
-    one that it continues, for which the host waits. Between `begin` with `rows_stay` and the next
-    `begin`, rows never move."""
+    """Forbids the tokens that the grammar does not allow next. A token that the grammar forces is
+    generated even if other processors forbid it.
+
+    Keeps the state of each row after the last call. Beam search may reorder and repeat rows, and
+    assisted generation goes back, so each row is matched with the row of the last call that it
+    continues, for which the host waits. After `begin(rows_stay=True)` rows must keep their order,
+    and nothing is matched.
+    """
 
     def __init__(
         self,
@@ -384,9 +394,9 @@ class GrammarLogits(LogitsProcessor):
         self.begin(rows_stay=False)
 
     def begin(self, rows_stay: bool) -> None:
-        """Forget the rows of the last call."""
+        """Forget the states of the last call."""
         self._rows_stay = rows_stay
-        self._stuck: Tensor | None = None  # whether a row had no possible token
+        self._stuck: Tensor | None = None  # whether any row was left without a possible token
         self._new_BT: Tensor | None = None
         self._state_BF: Tensor | None = None
 
@@ -395,15 +405,14 @@ class GrammarLogits(LogitsProcessor):
         if self._guidance is not None:
             in_image_B = self._grammar.in_image(state_BF)
             starts_B = state_BF[:, SLOT] == 1  # the last token began an image
-            in_image, starts = torch.stack(
-                (in_image_B, starts_B)
-            ).tolist()  # one wait for the device
+            # One tensor, so that the host waits for the device once.
+            in_image, starts = torch.stack((in_image_B, starts_B)).tolist()
             scores = self._guidance(input_ids, scores, in_image, starts)
         return self._masked(scores, state_BF)
 
     def check(self) -> None:
         """Raise `SettingError` if other processors left a row without a possible token."""
-        if self._stuck is not None and bool(self._stuck):  # one wait for all tokens
+        if self._stuck is not None and bool(self._stuck):  # the only wait, for all tokens
             raise SettingError(
                 "suppress_tokens, bad_words_ids, prefix_allowed_tokens_fn or a logits_processor "
                 f"left no token that {self._limits.output} output may hold: allow at least one"
@@ -428,7 +437,7 @@ class GrammarLogits(LogitsProcessor):
         return state_BF
 
     def _states_before(self, new_BT: Tensor) -> Tensor | None:
-        """The states of all rows before their last token; None if they are not known."""
+        """The states of all rows before their last token; None if they must be computed again."""
         if self._state_BF is None:
             return None
         if self._rows_stay:
@@ -437,8 +446,8 @@ class GrammarLogits(LogitsProcessor):
         return None if parents_B is None else self._state_BF[parents_B]
 
     def _parents(self, new_BT: Tensor) -> Tensor | None:
-        """The row of the last call that each row continues by one token; None unless
-        all have one."""
+        """For each row, the row of the last call that it continues by one token; None if any
+        row continues none."""
         old_BT = self._new_BT
         if old_BT is None or new_BT.shape[1] != old_BT.shape[1] + 1:
             return None
@@ -446,6 +455,7 @@ class GrammarLogits(LogitsProcessor):
         return same_BB.int().argmax(1) if bool(same_BB.any(1).all()) else None
 
     def _replay(self, new_BT: Tensor) -> Tensor:
+        """The states after all new tokens, computed from the start."""
         count = len(new_BT)
         state_BF = self._grammar.start(
             [self._limits.output] * count,
@@ -458,7 +468,8 @@ class GrammarLogits(LogitsProcessor):
 
 
 class _Guidance:
-    """The other conditions of guided rows: prefilled when an image begins, dropped at its end."""
+    """Guides images: computes the logits of the other conditions, whose prompts are read when an
+    image begins and whose caches are dropped when it ends."""
 
     def __init__(self, owner: Any, limits: _Limits, attention_mask: Tensor | None) -> None:
         self._owner, self._limits, self._mask_BT = owner, limits, attention_mask
@@ -469,7 +480,7 @@ class _Guidance:
     ) -> Tensor:
         rows = list(scores_BV.unbind(0))
         for row, (inside, first) in enumerate(zip(in_image, starts, strict=True)):
-            if not inside:  # guidance only affects images
+            if not inside:
                 self._branches.pop(row, None)
                 continue
             logits: dict[guidance.Condition, Tensor] = {"full": rows[row]}
@@ -501,7 +512,7 @@ class _Guidance:
         }
 
     def _history(self, ids_BT: Tensor, row: int) -> list[int]:
-        """A row without its padding."""
+        """The ids of a row, without padding."""
         ids_T = ids_BT[row]
         if self._mask_BT is None:
             return list(ids_T.tolist())
@@ -513,13 +524,13 @@ class _Guidance:
 
 
 class _Branch:
-    """One condition of one row, with its own cache."""
+    """A condition of one row and its cache."""
 
     def __init__(self, owner: Any) -> None:
         self._owner, self._cache = owner, DynamicCache(config=owner.config)
 
     def read(self, ids_1T: Tensor) -> Tensor:
-        """Logits [V] in fp32 for the token after these."""
+        """Append these tokens to the cache; the logits [V] of the next token, in fp32."""
         outputs = self._owner(
             input_ids=ids_1T,
             past_key_values=self._cache,
