@@ -32,6 +32,7 @@ import numpy as np
 
 from earlyfusion.errors import DataError
 from earlyfusion.mini.emoji.catalogue import STYLES, Concept, load_concepts
+from earlyfusion.mini.emoji.phrases import STYLE_WORDS
 from earlyfusion.mini.emoji.render import KOREAN_COLOURS, Rendered, Thumbnail, render
 from earlyfusion.mini.emoji.sources import find_sources
 
@@ -153,6 +154,7 @@ def write(
     styles = {
         style: {
             **about,
+            **{f"word_{lang}": words[style] for lang, words in STYLE_WORDS.items()},
             "source": f"{about['package']}@{manifest['packages'][about['package']]}",
             "images": len(by_style[style]),
         }

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 Concept: TypeAlias = dict[str, Any]
 NamesAndKeywords: TypeAlias = dict[str, tuple[str, list[str]]]
 
-# Styles with the same `design` show the same drawings in another rendering.
+# Styles with the same `design` show the same drawings in another rendering. Their names are in
+# `phrases.STYLE_WORDS`.
 STYLES: dict[str, dict[str, Any]] = {
     "twemoji": {
         "package": "@discordapp/twemoji",
@@ -27,8 +28,6 @@ STYLES: dict[str, dict[str, Any]] = {
             "Caires (jdecked/twemoji)"
         ),
         "url": "https://github.com/jdecked/twemoji",
-        "word_en": "Twemoji",
-        "word_ko": "트위모지",
     },
     "noto": {
         "package": "@iconify-json/noto",
@@ -38,8 +37,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Google Inc. (Noto Emoji)",
         "url": "https://github.com/googlefonts/noto-emoji",
-        "word_en": "Noto",
-        "word_ko": "노토",
     },
     "fluent-flat": {
         "package": "@iconify-json/fluent-emoji-flat",
@@ -49,8 +46,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Microsoft Corporation (Fluent Emoji)",
         "url": "https://github.com/microsoft/fluentui-emoji",
-        "word_en": "Fluent flat",
-        "word_ko": "플루언트 플랫",
     },
     "fluent-3d": {
         "package": "@lobehub/fluent-emoji-3d",
@@ -60,8 +55,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Microsoft Corporation (Fluent Emoji 3D; npm packaging by LobeHub)",
         "url": "https://github.com/microsoft/fluentui-emoji",
-        "word_en": "3D",
-        "word_ko": "3D",
     },
     "emojitwo": {
         "package": "@iconify-json/emojione",
@@ -74,8 +67,6 @@ STYLES: dict[str, dict[str, Any]] = {
             "contributions from the Emojitwo community"
         ),
         "url": "https://github.com/EmojiTwo/emojitwo",
-        "word_en": "EmojiTwo",
-        "word_ko": "이모지투",
     },
     "fxemoji": {
         "package": "@iconify-json/fxemoji",
@@ -85,8 +76,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Mozilla Foundation (Firefox OS Emoji)",
         "url": "https://github.com/mozilla/fxemoji",
-        "word_en": "Firefox OS",
-        "word_ko": "파이어폭스 OS",
     },
     "streamline": {
         "package": "@iconify-json/streamline-emojis",
@@ -96,8 +85,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Streamline (Webalys)",
         "url": "https://github.com/webalys-hq/streamline-vectors",
-        "word_en": "Streamline",
-        "word_ko": "스트림라인",
     },
     "noto-v1": {
         "package": "@iconify-json/noto-v1",
@@ -107,8 +94,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Google Inc. (Noto Emoji, first generation)",
         "url": "https://github.com/googlefonts/noto-emoji",
-        "word_en": "Noto blob",
-        "word_ko": "노토 블롭",
     },
     "noto-mono": {
         "package": "@expo-google-fonts/noto-emoji",
@@ -118,8 +103,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Google LLC (Noto Emoji font, monochrome)",
         "url": "https://github.com/googlefonts/noto-emoji",
-        "word_en": "monochrome Noto",
-        "word_ko": "흑백 노토",
     },
     "fluent-mono": {
         "package": "@iconify-json/fluent-emoji-high-contrast",
@@ -129,8 +112,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "share_alike": False,
         "author": "Microsoft Corporation (Fluent Emoji High Contrast)",
         "url": "https://github.com/microsoft/fluentui-emoji",
-        "word_en": "high-contrast Fluent",
-        "word_ko": "고대비 플루언트",
     },
 }
 
