@@ -29,23 +29,26 @@ _MAX_CANDIDATES = 64  # cached blocks with one parent that are compared, the new
 @dataclass(eq=False)
 class Branch:
     """One token sequence that the model reads for a request: its prompt and reply, or a condition
-    of guidance. `blocks` (the block table) hold keys and values of the first `num_computed` of its
-    `tokens`. `keys` are the hashes of its full blocks. `adapter` names the weights that it is read
-    with, "" for the model's own. `partial_end` is the end, in tokens, of the block that it is
-    filling, if the pool has registered that block. `num_cached` is the number of tokens that the
-    cache already held when the branch first got blocks; None before."""
+    of guidance."""
 
     tokens: list[int]
     blocks: array[int] = field(default_factory=lambda: array("q"))
+    """The block table: where the keys and values of its computed tokens are."""
     num_computed: int = 0
+    """The number of its first tokens whose keys and values are computed."""
     keys: list[bytes] = field(default_factory=list)
+    """The hashes of its full blocks."""
     adapter: str = ""
+    """The name of the adapter that reads it; "" for the model's own weights."""
     partial_end: int = 0
+    """The end, in tokens, of the block that it is filling, if the pool has registered that
+    block."""
     num_cached: int | None = None
+    """The number of tokens that the cache already held when it first got blocks; None before."""
 
     @property
     def pending(self) -> int:
-        """The number of tokens whose keys and values are still to be computed."""
+        """The number of tokens whose keys and values are not computed yet."""
         return len(self.tokens) - self.num_computed
 
     @property
@@ -120,8 +123,8 @@ class BlockPool:
         return [] if content is None else content.tokens(self.size)
 
     def find_prefix(self, tokens: list[int], adapter: str = "") -> Prefix:
-        """The full blocks that the cache holds of a prompt. The prompt's last token is never among
-        them: it must be computed again to get the logits of the next token."""
+        """The full blocks of a prompt that the cache holds. They never include the prompt's last
+        token, which must be computed to get the logits of the next one."""
         prefix = Prefix([], [])
         while self.prefix_caching and (end := (len(prefix.blocks) + 1) * self.size) < len(tokens):
             parent = prefix.keys[-1] if prefix.keys else _root_key(adapter)
@@ -133,7 +136,7 @@ class BlockPool:
         return prefix
 
     def count_free(self, prefixes: Iterable[Prefix]) -> int:
-        """The number of free blocks among these prefixes."""
+        """The number of blocks in these prefixes that no branch uses."""
         return len({b for prefix in prefixes for b in prefix.blocks if not self.references[b]})
 
     def attach(self, branch: Branch, prefix: Prefix) -> None:
@@ -146,10 +149,9 @@ class BlockPool:
         branch.num_computed = len(prefix.blocks) * self.size
 
     def extend(self, branch: Branch, tokens: int) -> Copy | None:
-        """Give a branch new blocks until it has room for this number of tokens. If all its blocks
-        are full, its next tokens are compared with the cached blocks that follow the same prefix,
-        and the returned copy takes the beginning that the best match has in common into the first
-        new block."""
+        """Give a branch new blocks until it has room for `tokens` tokens. If all its blocks are
+        full, the cached block whose beginning matches most of its next tokens is looked up, and the
+        returned copy brings that beginning into the first new block."""
         number = len(branch.blocks)
         source, shared = None, 0
         if self.prefix_caching and branch.num_computed == number * self.size:
@@ -171,7 +173,7 @@ class BlockPool:
             self._register(branch)
 
     def release(self, branch: Branch) -> None:
-        """Take a branch's blocks away. They keep their content until they are evicted."""
+        """Take the blocks of a branch. They keep their content until they are evicted."""
         if self.prefix_caching:
             self._register(branch)
         # Last block first, so that the beginning of a prompt is evicted last.
@@ -264,8 +266,8 @@ class BlockPool:
             del self._children[content.parent]
 
     def _longest_match(self, branch: Branch) -> tuple[int | None, int]:
-        """The block with the longest common beginning with the next tokens of a branch, and the
-        number of these tokens."""
+        """The cached block that begins like the next tokens of a branch for the longest stretch,
+        and the length of that stretch; None and 0 if there is none."""
         start = len(branch.blocks) * self.size
         tokens = branch.tokens[start : min(start + self.size, len(branch.tokens) - 1)]
         children = self._children.get(branch.parent, {})
@@ -286,9 +288,9 @@ def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
 
 
-def _common_length(held: Sequence[int], tokens: Sequence[int]) -> int:
-    """The number of tokens that two lists have in common at their beginning."""
-    for number, (one, other) in enumerate(zip(held, tokens, strict=False)):
-        if one != other:
-            return number
-    return min(len(held), len(tokens))
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """The length of the common beginning of two lists."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))

@@ -27,20 +27,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp
 """dtypes of keys and values, besides the model's own."""
 
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.8}
-"""The share of the free memory that the cache takes where no size is given, by type of device."""
+"""The share of the free memory that a cache of the default size takes, by type of device."""
 
 MAX_CONTEXTS = 64
-"""A cache of the default size has room for at most this many sequences of full context length."""
+"""The maximum number of sequences of full context length in a cache of the default size."""
 
 TOUCHED_AHEAD = 256 << 20
 """Bytes of a CPU's cache whose memory an idle server takes before they are used, at most."""
 
 LONG_CONTEXT = 4096
-"""Up to this context length a default cache has its minimum size even if memory is short."""
+"""Up to this context length, a default cache has its minimum size even if memory is short."""
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; `scales` in int8 only."""
+    """Keys and values of one layer, with their scales if they are int8."""
 
     kv_B2KSH: Tensor
     scales_B2KS: Tensor | None
@@ -56,7 +56,7 @@ class LayerCache(NamedTuple):
             )
 
     def read(self, blocks_RN: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values [R, K, P, H] of block tables [R, N]."""
+        """Keys and values [R, K, P, H] of the first P = `end` positions of block tables [R, N]."""
         kv_2KRNSH = self.kv_B2KSH.permute(1, 2, 0, 3, 4)[:, :, blocks_RN].to(dtype)
         if self.scales_B2KS is not None:
             scales_2KRNS = self.scales_B2KS.permute(1, 2, 0, 3)[:, :, blocks_RN]
@@ -66,10 +66,9 @@ class LayerCache(NamedTuple):
 
 
 class PagedCache:
-    """Keys and values of all blocks: `kv_BL2KSH` and, in int8, `scales_BL2KS`. A sequence has at
-    most `length` tokens. On a CPU the memory of a block is only taken when it is first written.
-    Within a block the positions of one head are adjacent, so that attention of one token reads
-    memory in order."""
+    """Keys and values of all blocks, `kv_BL2KSH`, and for int8 their scales, `scales_BL2KS`. A
+    sequence has at most `length` tokens. On a CPU a block only takes memory once it is written to.
+    The positions of a head in a block are adjacent, so that attention reads memory in order."""
 
     def __init__(
         self,
@@ -180,8 +179,8 @@ def cache_size(
         share = int(MEMORY_SHARE.get(device.type, 0.25) * left) // block_bytes
         # A CPU's memory is only taken as blocks are used.
         fitting = left // block_bytes if device.type == "cpu" else share
-        least = min(3 * context_blocks, max(fitting, 3 * LONG_CONTEXT // BLOCK_SIZE))
-        return CacheSize(max(least, min(share, MAX_CONTEXTS * context_blocks)), block_bytes)
+        minimum = min(3 * context_blocks, max(fitting, 3 * LONG_CONTEXT // BLOCK_SIZE))
+        return CacheSize(max(minimum, min(share, MAX_CONTEXTS * context_blocks)), block_bytes)
     if budget < block_bytes:
         raise SettingError(
             f"cache_bytes={budget:,} holds no block of {BLOCK_SIZE} tokens: "

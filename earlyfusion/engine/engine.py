@@ -2,8 +2,9 @@
 
 Requests join and leave between steps. A reply depends only on its own prompt, settings and seed:
 token for token it equals that of `generation/reference.py`. Several threads may drive one engine: a
-thread that waits for an event makes the next step, for all requests. Each new request checks
-whether the transformer's weights, hooks or modules have changed.
+thread that waits for an event runs the next step, for all requests. When a request is added, the
+engine notices whether the transformer's weights, hooks or modules have changed, and rebuilds its
+runner if so.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Engine:
 
     `cache_bytes` is the size of the cache (default: a share of the free memory, see `cache_size`).
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
-    computes at most `chunk` tokens of prompts beside one request that samples, more beside several,
-    and four times as many if none samples (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At
+    in which one request samples computes at most `chunk` tokens of prompts, more if several sample,
+    and four times as many if none does (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At
     most `most_running` requests run at once. `cache_dtype` is the dtype of keys and values: "fp32",
     "bf16", "int8", or on newer GPUs "fp8" (default: the model's). With `static`, steps without
     prefill sample several tokens at a time (default: on a CUDA device, where these steps are
@@ -80,8 +81,7 @@ class Engine:
                 "a model on several processes has no adapters by name: use tensor_parallel=1"
             )
         self.context_tokens = context_tokens or transformer.config.max_position_embeddings
-        known = tuple(DTYPES)
-        self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
+        self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, tuple(DTYPES))
         model_dtype, device = dtype_and_device(transformer)
         dtype = dtype_of_cache(cache_dtype, model_dtype)
         check_fp8(dtype, device)
@@ -98,8 +98,9 @@ class Engine:
         self._load()
 
     def add(self, request: Request, priority: int = 0) -> Handle:
-        """Take a request in; the smaller `priority` runs first. Raises as `check` does. If the
-        transformer has changed, the requests under way compute their tokens again."""
+        """Queue a request; a smaller `priority` runs first. Raises what `check` raises, and
+        `SettingError` for an unknown adapter. If the transformer has changed, the requests under
+        way compute their tokens again."""
         self.check(request)
         if request.adapter and request.adapter not in self.adapters:
             raise SettingError.unknown("adapter", request.adapter, tuple(self.adapters))
@@ -152,13 +153,13 @@ class Engine:
 
     @property
     def preemptions(self) -> int:
-        """How often a request has given up its blocks for another one."""
+        """How often a running request has lost its blocks to another one."""
         return self._scheduler.preemptions
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Capture the steps of a CUDA device now instead of at their first use. `progress` is
-        called with the number captured so far and the number of all. Returns the bytes of device
-        memory that this took; 0 if nothing is captured."""
+        """Capture the steps of a CUDA device now instead of at their first use. Calls
+        `progress(captured, total)` after each. Returns the bytes of device memory that the captures
+        take; 0 if this engine captures nothing."""
         with self._lock:
             return self.runner.warm_up(progress)
 
@@ -168,7 +169,7 @@ class Engine:
         return len(self._scheduler.pool) - self._scheduler.pool.free
 
     def step(self) -> None:
-        """Schedule, run, deliver: one or more tokens per request whose prompt is computed."""
+        """Schedule, run, deliver. Requests whose prompt is computed get one or more tokens."""
         with self._lock:
             self._step()
 
@@ -197,14 +198,14 @@ class Engine:
                 self._abort(handle, error)
 
     def _abort(self, handle: Handle, error: BaseException) -> None:
-        """End one request with an error, and drop the keys and values that it has written."""
+        """End one request with an error, and clear the blocks that only it uses."""
         handle.error = error
         for branch in handle.branches:
             self.runner.clear(self._scheduler.pool.drop(branch))
         self._remove(handle)
 
     def _abort_newest(self, error: BaseException) -> None:
-        """After running out of memory: end the last request in order, and have the others compute
+        """After running out of memory: end the last running request, and have the others compute
         their tokens again."""
         shortage = OutOfMemoryError(
             f"there was no memory for {len(self._scheduler.running)} requests at once, so this one "
@@ -224,10 +225,11 @@ class Engine:
             self._remove(handle)
 
     def _wait(self, handle: Handle) -> None:
-        """Return when a handle has an event. The threads that wait make the steps in turn."""
+        """Return when a handle has an event. Waiting threads take turns to run the steps. Raises
+        the error that ended the request."""
         while not handle.events:
             with self._lock:
-                # Another thread may have made the step meanwhile.
+                # Another thread may have run the step meanwhile.
                 if handle.events:
                     return
                 if isinstance(handle.error, EarlyFusionError):
@@ -250,7 +252,7 @@ class Engine:
             self._scheduler.remove(handle)
 
     def _abort_all(self, error: BaseException) -> None:
-        """End all requests with an error, and forget all prefixes."""
+        """End all requests with an error, and forget the content of all blocks."""
         # The failed step may have written only some of its keys and values.
         for handle in list(self._handles.values()):
             handle.error = error
@@ -258,7 +260,7 @@ class Engine:
         self._scheduler.pool.forget_all()
 
     def _load(self) -> None:
-        """Build the runner from the transformer's modules, at first and whenever they changed."""
+        """Build the runner from the transformer's modules: at the start, and after they changed."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
         self._num_touched = 0  # blocks with memory, as far as `touch_memory` has taken it
@@ -306,7 +308,7 @@ class Engine:
         return [self.transformer, *self.adapters.values()]
 
     def grammar(self, stops: tuple[int, ...], layout: ImageLayout | None = None) -> Grammar:
-        """The grammar of requests with these stop ids and this layout, made once."""
+        """The grammar of requests with these stop ids and this layout; cached."""
         layout = layout or self.processor.layout
         if (stops, layout) not in self._grammars:
             vocabulary, size = self.processor.vocabulary, self.transformer.config.vocab_size
@@ -317,33 +319,34 @@ class Engine:
 
 def fingerprint(modules: Iterable[nn.Module]) -> int:
     """A number that changes whenever a parameter or buffer is replaced or written to, and when a
-    module is replaced, wrapped, hooked or given another `forward`. Modules are known by their ids,
+    module is replaced, wrapped, hooked or given another `forward`. Modules are identified by `id`,
     so the caller must keep them alive."""
-    seen: list[object] = [bool(_has_any_global_hook()), *(c.forward for c in CLASSES)]
-    left = list(modules)
+    state: list[object] = [bool(_has_any_global_hook()), *(c.forward for c in CLASSES)]
+    stack = list(modules)
     # Runs for each request, so it is one loop without function calls: half the time of `modules()`,
     # which builds names and looks for duplicates.
-    while left:
-        module = left.pop()
+    while stack:
+        module = stack.pop()
         hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-        seen += (id(module), type(module), hooked or "forward" in module.__dict__)
+        state += (id(module), type(module), hooked or "forward" in module.__dict__)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 # An inference tensor has no version counter.
                 version = 0 if tensor.is_inference() else tensor._version
-                seen += (tensor.data_ptr(), version)
-        left += [child for child in module._modules.values() if child is not None]
-    return hash(tuple(seen))
+                state += (tensor.data_ptr(), version)
+        stack += [child for child in module._modules.values() if child is not None]
+    return hash(tuple(state))
 
 
 class _FairLock:
-    """A fair lock. With a plain one, a thread that steps in a loop could keep the others out. A
-    thread that holds it and takes it again gets a `SettingError` instead of waiting for itself."""
+    """A lock that threads get in the order in which they asked for it: with a plain lock, a thread
+    that steps in a loop could keep the others out. If the thread that holds it asks for it again,
+    it gets a `SettingError` instead of waiting for itself."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._holder: int | None = None
-        self._tickets = self._served = 0  # numbers of tickets handed out, and served
+        self._tickets = self._served = 0  # tickets handed out; tickets served
         self._abandoned: set[int] = set()  # tickets of threads that were interrupted while waiting
 
     def __enter__(self) -> None:

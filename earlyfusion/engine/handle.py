@@ -31,13 +31,13 @@ _NUMBERS = count()
 
 
 class Handle:
-    """A request in the engine. Iterating over it gives its events as they come, and drives the
-    engine while there are none. The scheduler sees it as an `Entry`.
+    """A request in the engine. Iterating over it gives its events, and runs steps of the engine
+    while there are none. The scheduler sees it as an `Entry`.
 
-    `branches` are in the order full, image-only, unconditional; a condition that cancels out has no
-    branch. `drafts` are the speculative tokens that the next step verifies; `positions` is the
-    number of tokens that it samples: one after the last token, and one after each draft. Sampling
-    with `steering` sets `logprob`, or the `error` that ends the request.
+    `branches` are in the order full, image-only, unconditional; a condition with factor 0 has no
+    branch. `drafts` are the speculative tokens that the next step verifies. `positions` is the
+    number of tokens that the step samples: one after the last token, and one after each draft.
+    Sampling with `steering` sets `logprob`, or the `error` that ends the request.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Handle:
 
     @property
     def uniforms(self) -> list[float]:
-        """Numbers in [0, 1) for the next tokens, one per position; each token has its own."""
+        """The random numbers in [0, 1) with which the next tokens are sampled, one per position."""
         return self._uniforms.of(len(self.tokens), self.positions)
 
     def next_uniforms(self, count: int) -> list[float]:
-        """The numbers of the next `count` tokens."""
+        """The random numbers of the next `count` tokens."""
         return self._uniforms.of(len(self.tokens), count)
 
     @property
@@ -113,12 +113,12 @@ class Handle:
 
     @property
     def both_settings(self) -> tuple[ModalitySettings, ModalitySettings]:
-        """The settings of text, and of codes."""
+        """The settings of text and of codes."""
         return self._text_settings, self._image_settings
 
     @property
     def needs_only_logits(self) -> bool:
-        """Whether the next token needs nothing but its logits: no drafts and no steering."""
+        """Whether the next token is sampled from its logits alone, without drafts or steering."""
         guesses = self._lookup is not None and not self.grammar_state.in_image
         return self.steering is None and not self.drafts and self.window is None and not guesses
 
@@ -132,14 +132,14 @@ class Handle:
 
     @property
     def conditions(self) -> tuple[Branch, Branch, Branch]:
-        """The branches of the three conditions of guidance: full, image-only, unconditional. For a
-        condition that cancels out: a branch with equal tokens, or any, as its weight is 0."""
+        """The branches of the three conditions of guidance: full, image-only, unconditional. A
+        condition without a branch gets another one's: it has equal tokens, or factor 0."""
         full, *others = self.branches
         return (full, others[0], others[-1]) if others else (full, full, full)
 
     def accept(self, tokens: Sequence[int]) -> list[Branch]:
-        """Accept sampled tokens, and those that the grammar forces after them. Returns the branches
-        that have ended, whose blocks can be released."""
+        """Append sampled tokens, and those that the grammar forces after them. Returns the branches
+        that ended, whose blocks can be released."""
         if self.error is not None:
             self.finished = True
             return []
@@ -160,18 +160,18 @@ class Handle:
         return [] if self.branches is before else [b for b in before if b not in self.branches]
 
     def _verified(self, tokens: Sequence[int]) -> list[int]:
-        """Of the tokens sampled at all positions, those up to and including the first that differs
-        from its draft: they follow final tokens only."""
+        """The sampled tokens that are final: all up to and including the first one that differs
+        from its draft, as only these follow final tokens."""
         if self.window is not None:
             return self.window.accept(tokens, self.grammar_state.codes_left)
-        for number, (new, guess) in enumerate(zip(tokens, self.drafts, strict=False)):
-            if new != guess:
-                return list(tokens[: number + 1])
+        for index, (token, draft) in enumerate(zip(tokens, self.drafts, strict=False)):
+            if token != draft:
+                return list(tokens[: index + 1])
         return list(tokens)
 
     def _plan_sampling(self) -> None:
-        """Accept forced tokens up to the next token that must be sampled, and plan its sampling."""
-        # A forced token needs no logits, but uses up its uniform number, as in the reference loop.
+        """Append forced tokens up to the next one that must be sampled, and plan its sampling."""
+        # A forced token needs no logits, but uses up a random number, as in the reference loop.
         while not self.finished and (token := self.grammar_state.forced) is not None:
             self._append(token)
         if self.grammar_state.done:
@@ -188,7 +188,7 @@ class Handle:
         self.positions, self.reserve = 1 + len(self.drafts), self.grammar_state.codes_left
 
     def _guess(self, lookup: Lookup) -> list[int]:
-        """Tokens of text that may come next, up to one after which the grammar's mask changes."""
+        """Guesses of the next text tokens, none of which changes the grammar's mask."""
         if self.finished or self.grammar_state.in_image:
             return []
         guesses, grammar_state = lookup.guess(self.branches[0].tokens), self.grammar_state
@@ -230,15 +230,17 @@ class Handle:
 
 
 def max_branches(request: Request) -> int:
-    """The most branches that a request has at any time: more than one with a guided image."""
+    """The maximum number of branches of a request at any time: over 1 only for guided images."""
     if request.max_images == 0 or request.output == "text":
         return 1
     weights = guidance_weights(request.sampling)
-    return max(len(guidance.needed_conditions(*weights, has)) for has in (False, True))
+    return max(
+        len(guidance.needed_conditions(*weights, has_images)) for has_images in (False, True)
+    )
 
 
 class _Uniforms:
-    """The uniform numbers of a request, one per token of its reply."""
+    """The random numbers of a request in [0, 1), one per token of its reply."""
 
     def __init__(self, seed: int) -> None:
         # On the CPU, as in `generation/sampler.py`.

@@ -37,8 +37,9 @@ _FORWARDS = [module_class.forward for module_class in CLASSES]
 
 
 def is_plain(transformer: Transformer) -> bool:
-    """Whether a forward pass on the weights alone gives the same as calling the modules: only
-    classes of `model/`, linear modules that treat each token alone, and no hooks."""
+    """Whether a forward pass computed from the weights gives the same as calling the modules: all
+    are classes of `model/` or linear modules that process tokens independently, and none has
+    hooks."""
     untouched = not _has_any_global_hook() and not any(map(_is_touched, transformer.modules()))
     unpatched = [module_class.forward for module_class in CLASSES] == _FORWARDS
     return (
@@ -102,7 +103,8 @@ def _is_plain_block(block: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a linear module treats each token alone, so that it may get several requests."""
+    """Whether a linear module processes tokens independently, so that one call may hold tokens of
+    several requests."""
     if type(module) is nn.Linear:
         # Subclasses of Parameter may compute anything.
         return type(module.weight) in (nn.Parameter, Tensor)

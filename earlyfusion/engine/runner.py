@@ -32,9 +32,9 @@ from earlyfusion.model.transformer import Transformer
 
 class ModelRunner:
     """Owns the cache, the back end and the sampler; `run` is a whole step. The cache has `blocks`
-    blocks, for sequences of at most `length` tokens, with the dtype that `dtype_name` names (None:
-    the model's). With `static`, steps may run in bursts (None: on a CUDA device). `adapters` are
-    models with other weights in their layers, by name."""
+    blocks for sequences of at most `length` tokens, in the dtype `dtype_name` (None: the model's).
+    With `static`, steps may run in bursts (None: on a CUDA device). `adapters` are models with
+    other weights in their layers, by name."""
 
     def __init__(
         self,
@@ -56,7 +56,8 @@ class ModelRunner:
             check_blocks(transformer)
             static = uses_bursts(self.device) if static is None else static
             models = {"": transformer, **(adapters or {})}
-            # The head is the model's own, so the back ends must all give states of one kind.
+            # All adapters share the model's head, so their back ends must return the same kind of
+            # states.
             make = _backend if all(map(is_plain, models.values())) else _module_backend
             backends = {n: make(m, self._cache, not static) for n, m in models.items()}
             self.backend: Backend = MultiAdapter(backends) if adapters else backends[""]
@@ -71,14 +72,14 @@ class ModelRunner:
                 self.bursts = Bursts(fused, self._cache, grammar)
 
     def burst_length(self, plan: Plan, handles: Sequence[Handle]) -> int:
-        """The number of static steps that the plan can be run with; 0 if it needs another step."""
+        """The number of static steps for this plan; 0 if it cannot run as a burst."""
         return 0 if self.bursts is None else self.bursts.burst_length(plan, handles)
 
     @torch.inference_mode()
     def run(self, plan: Plan, handles: Sequence[Handle], burst_length: int = 0) -> list[list[int]]:
-        """Compute the pieces of a plan, and sample for the handles that are ready. Returns the
-        tokens of each handle: one per position, or up to `burst_length`. `INVALID_TOKEN` stands for
-        a token whose logits are not finite."""
+        """Compute the pieces of a plan, and sample for `handles`. Returns the tokens of each
+        handle: one per position, or in a burst up to `burst_length`. `INVALID_TOKEN` stands for a
+        token whose logits are not finite."""
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:
@@ -94,7 +95,8 @@ class ModelRunner:
         return 0 if self.bursts is None else self.bursts.warm_up(progress)
 
     def clear(self, blocks: Iterable[int]) -> None:
-        """Zero these blocks. Masked attention multiplies their values by 0, and 0 * NaN is NaN."""
+        """Fill these blocks with zeros. Masking alone would not hide a NaN in them: 0 * NaN is
+        NaN."""
         self._cache.clear(blocks)
 
 
@@ -103,10 +105,10 @@ def _module_backend(transformer: Transformer, cache: PagedCache, compiled: bool)
 
 
 def _backend(transformer: Transformer, cache: PagedCache, compiled: bool) -> Backend:
-    # Beyond `limit` the rotary angles of all positions depend on the length of a sequence, so its
-    # tokens cannot share a table with those of others.
+    # Beyond `limit` the rotary angles depend on the length of the sequence, so sequences cannot
+    # share one table.
     limit = rotary_change_length(transformer.config)
     if not is_plain(transformer) or (limit is not None and cache.length > limit):
         return ModuleTransformer(transformer, cache)
-    found = compiled_transformer(transformer, cache) if compiled else None
-    return found or FusedTransformer(transformer, cache)
+    backend = compiled_transformer(transformer, cache) if compiled else None
+    return backend or FusedTransformer(transformer, cache)

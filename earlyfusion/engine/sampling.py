@@ -1,8 +1,8 @@
 """Tokens from the hidden states of a step: guidance, grammar, penalty, truncation, sampling.
 
 The head is used in two parts, one for codes and one for text: each row is multiplied only with the
-part that it may sample from. Requests with equal settings are sampled together; each keeps its own
-uniform number, so the result is the same as alone.
+part that it may sample from. Requests with equal settings are sampled together. Each has random
+numbers of its own, so its tokens are the same as when it is sampled alone.
 """
 
 # Shapes: B tokens to sample (several per handle with drafts), R rows of hidden states, V columns of
@@ -41,7 +41,7 @@ INVALID_TOKEN = -1
 
 
 class SamplingGroup(NamedTuple):
-    """The key by which requests are grouped: those with equal values are sampled together."""
+    """Requests with equal values of these are sampled together."""
 
     in_image: bool
     greedy: bool
@@ -89,7 +89,8 @@ class TokenSampler:
         self._none_seen_V = _SeenColumns(self.text_head, self._device).marks_V
 
     def sample(self, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> list[list[int]]:
-        """The tokens of each handle, one per position: one, and one more per draft."""
+        """The tokens of each handle, one per position. A handle whose steering fails gets an
+        `error` and no tokens."""
         sampled: dict[Handle, list[int]] = {}
         remaining: list[Handle] = []
         self._blocked_by_steering = {}
@@ -184,7 +185,7 @@ class TokenSampler:
 
     def _choices(self, handle: Handle, rows: _LogitRows) -> list[Choice]:
         settings, in_image = handle.settings, handle.grammar_state.in_image
-        # Guesses of text are copied from the history, so they add nothing to what is seen.
+        # Text drafts are copied from the history, so they add no seen tokens.
         seen_V = None if in_image else self._seen_columns(handle)
         text, image = handle.guidance
         return [
@@ -245,8 +246,7 @@ class TokenSampler:
         ]
         rows = list(dict.fromkeys(chain.from_iterable(condition_rows)))
         logits_RV = head.logits(_select_rows(x_RD, rows)).float()
-        # As many rows as tokens to sample: no request has a second branch, so there is nothing to
-        # combine.
+        # One row per token to sample: no request has a second branch, so nothing is combined.
         if len(rows) == len(condition_rows):
             return logits_RV
         index_of = {row: number for number, row in enumerate(rows)}
@@ -270,7 +270,7 @@ class TokenSampler:
         else:
             blocked = torch.stack([self._blocked_for(handle) for handle in by_position])
         logits_BV = logits_BV.masked_fill(blocked, -torch.inf)
-        # Guesses of text are copied from the history, so they add nothing to what is seen.
+        # Text drafts are copied from the history, so they add no seen tokens.
         seen = [self._seen_columns(handle) for handle in by_position]
         if all(seen_V is None for seen_V in seen):
             return logits_BV
@@ -310,10 +310,10 @@ class TokenSampler:
         """The settings of these handles as tensors, with a row per handle; cached until they
         change."""
         rows = [handle.settings for handle in handles]
-        known = self._settings_cache.get(group)
-        if known is None or known[0] != rows:
-            known = self._settings_cache[group] = rows, SamplingTensors.of(rows, self._device)
-        return known[1]
+        cached = self._settings_cache.get(group)
+        if cached is None or cached[0] != rows:
+            cached = self._settings_cache[group] = rows, SamplingTensors.of(rows, self._device)
+        return cached[1]
 
     # ---- columns of the text head
 

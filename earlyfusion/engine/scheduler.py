@@ -1,11 +1,11 @@
 """Which requests run next, and which of their tokens a step computes (chunked prefill). No tensors
 here.
 
-A request has one branch for text, two or three while it generates a guided image. A branch lists
-its tokens, and how many of them are computed, with keys and values in its blocks. So prefill in
-chunks, decoding, and computing again after a preemption are one case: a branch has pending tokens.
-Requests are served by priority, then by arrival. A `Plan` is what one step does; a `Step`
-concatenates its tokens, in the same way for all back ends.
+A request has one branch for text, two or three while it generates a guided image. A branch has a
+list of tokens and the number of those that are computed, whose keys and values are in its blocks.
+So prefill in chunks, decoding, and computing again after a preemption are one case: a branch has
+pending tokens. Requests are served by priority, then by arrival. A `Plan` is what one step does; a
+`Step` concatenates its tokens, in the same way for all back ends.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from earlyfusion.errors import SettingError
 PREFILL_ONLY_FACTOR = 4
 """A step in which no request samples computes this many times `chunk` tokens of prompts."""
 _CHEAP_ROWS = 8
-"""Up to this number of rows a step takes about as long as with one, as the time is that of reading
-all weights."""
+"""Up to this many rows, a step takes about as long as with one row: most of the time goes into
+reading the weights."""
 
 
 class Entry(Protocol):
-    """The scheduler's view of a request (`engine/handle.py`). The smaller `priority` runs first,
-    then the smaller `number`. `drafts` are computed after the last token of each branch, but do not
-    count as computed. `reserve` is the number of tokens that are sure to come: within an image, the
-    rest of its codes."""
+    """The scheduler's view of a request (`engine/handle.py`). Requests run in ascending order of
+    `priority`, then of `number`. `drafts` are computed after the last token of each branch, but do
+    not count as computed. `reserve` is the number of tokens that are sure to come: within an image,
+    the rest of its codes."""
 
     @property
     def branches(self) -> list[Branch]: ...
@@ -45,7 +45,7 @@ class Entry(Protocol):
 
 
 class Piece(NamedTuple):
-    """`size` tokens of a branch from `start` on, then its drafts, to be computed in one step."""
+    """Tokens of a branch for one step: `size` tokens from `start` on, then its drafts."""
 
     branch: Branch
     start: int
@@ -67,8 +67,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Plan:
-    """One step: the copies, in order; then all pieces at once; then sampling for each of
-    `ready`."""
+    """One step: make the copies, in order; compute all pieces; sample for each of `ready`."""
 
     copies: list[Copy] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
@@ -76,10 +75,10 @@ class Plan:
 
 
 class Step:
-    """The tokens of a plan's pieces in one row: first `singles` (pieces of one token, shortest
-    context first), then `longer` ones. `logits_indices` are the tokens whose logits are needed: the
-    last one of each piece, and its drafts. `row_of` is the index, among these, of a branch's first
-    row."""
+    """The tokens of a plan's pieces, concatenated: first `singles` (pieces of one token, shortest
+    context first), then `longer` pieces. Logits are needed for the last token of each piece and for
+    its drafts: `logits_indices` are the indices of these tokens, and `row_of[branch]` is the index
+    within `logits_indices` of a branch's first one."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self.singles: list[Piece] = []
@@ -120,7 +119,7 @@ class Scheduler:
         self.waiting.append(entry)
 
     def remove(self, entry: Entry) -> None:
-        """Take a request out. Its blocks keep their content until they are needed."""
+        """Remove a request. Its blocks keep their content until they are needed."""
         self.release(entry.branches)
         for queue in (self.waiting, self.running):
             if entry in queue:
@@ -131,7 +130,7 @@ class Scheduler:
             self.pool.release(branch)
 
     def restart(self) -> None:
-        """Have all requests compute their tokens again, as the weights have changed or a step has
+        """Have all requests compute their tokens again: the weights have changed, or a step has
         failed."""
         for entry in list(self.running):
             self._requeue(entry)
@@ -148,11 +147,11 @@ class Scheduler:
         pending = [
             sum(len(b.tokens) - b.num_computed for b in entry.branches) for entry in self.running
         ]
-        left = self._prompt_budget(pending)
+        budget = self._prompt_budget(pending)
         for entry, number in zip(self.running, pending, strict=True):
             # Only `_allocate` can leave a running request without the blocks that it needs.
             if not (entry in lacking and self._missing_blocks(entry)):
-                left -= self._plan_pieces(entry, number, plan, left)
+                budget -= self._plan_pieces(entry, number, plan, budget)
         return plan
 
     def grow(self, entries: Iterable[Entry], tokens: int) -> None:
@@ -167,12 +166,13 @@ class Scheduler:
                     self.pool.extend(branch, size)
 
     def _prompt_budget(self, pending: Sequence[int]) -> int:
-        """The most tokens of prompts that the next step computes; `pending` are the numbers of
-        pending tokens of the running requests.
+        """The maximum number of prompt tokens in the next step. `pending` has the number of pending
+        tokens of each running request.
 
-        The budget grows with the rows that are sampled, which make the step longer anyway, and with
-        the requests that wait for their first token for each one that samples. It depends on counts
-        only, not on time, so that the same requests are always computed in the same pieces.
+        The budget grows with the number of rows that are sampled, which make the step longer
+        anyway, and with the ratio of requests that wait for their first token to requests that
+        sample. It depends on counts only, not on time, so that the same requests are always
+        computed in the same pieces.
         """
         requests = zip(self.running, pending, strict=True)
         sampling = [entry for entry, number in requests if number == len(entry.branches)]
@@ -185,11 +185,11 @@ class Scheduler:
         return min(budget, PREFILL_ONLY_FACTOR * self.chunk)
 
     def _size(self, entry: Entry, branch: Branch) -> int:
-        """The tokens that a branch needs blocks for: its own, and its reserve or its drafts."""
+        """The number of tokens for which a branch needs blocks, with its reserve or its drafts."""
         return len(branch.tokens) + max(entry.reserve, len(entry.drafts))
 
     def _missing_blocks(self, entry: Entry) -> int:
-        """The number of blocks that a request lacks, shared prefixes not considered."""
+        """The number of blocks that a request lacks if it shares no prefix."""
         size = self.pool.size
         extra = max(entry.reserve, len(entry.drafts)) + size - 1
         missing = 0
@@ -198,7 +198,7 @@ class Scheduler:
         return missing
 
     def _fits(self, entry: Entry, spare: int = 0) -> bool:
-        """Whether the free blocks are enough for a request and `spare` more."""
+        """Whether there are enough free blocks for a request, and `spare` more."""
         missing = self._missing_blocks(entry)
         if missing + spare <= self.pool.free:
             return True
@@ -260,8 +260,8 @@ class Scheduler:
     def _has_room(self, entry: Entry, without: Sequence[Entry] = ()) -> bool:
         if len(self.running) - len(without) >= self.most_running:
             return False
-        # Earlier running requests may each need a block soon, and would take it from this one,
-        # which would then have computed its prompt for nothing.
+        # Each earlier running request may soon need a block, and would take it from this request,
+        # which would then have computed its prompt in vain.
         spare = sum(_sort_key(e) < _sort_key(entry) and not e.reserve for e in self.running)
         return self._fits(entry, spare - self._exclusive_blocks(without))
 
@@ -292,12 +292,12 @@ class Scheduler:
         self.waiting.append(entry)
         self.waiting.sort(key=_sort_key)
 
-    def _plan_pieces(self, entry: Entry, pending: int, plan: Plan, left: int) -> int:
-        """Plan the pieces of one request with this many pending tokens, while `left` of the step's
-        budget are left. Returns the number of tokens that they take of the budget."""
+    def _plan_pieces(self, entry: Entry, pending: int, plan: Plan, budget: int) -> int:
+        """Add the pieces of one request, which has `pending` pending tokens, to the plan. Prompts
+        may take `budget` tokens; returns the number that they took."""
         branches, drafts = entry.branches, entry.drafts
         decodes = pending == len(branches)  # one new token per branch
-        if decodes or pending <= left:
+        if decodes or pending <= budget:
             for branch in branches:
                 self._add_piece(plan, branch, len(branch.tokens) - branch.num_computed, drafts)
             plan.ready.append(entry)
@@ -306,7 +306,7 @@ class Scheduler:
         # in the same step.
         taken = 0
         for branch in branches:
-            number = min(branch.pending - 1, left - taken)
+            number = min(branch.pending - 1, budget - taken)
             if number > 0:
                 self._add_piece(plan, branch, number)
                 taken += number

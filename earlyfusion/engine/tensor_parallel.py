@@ -10,10 +10,10 @@ several processes hold the same ones.
 
 Embedding and head are in the first process only, and not split. It runs the scheduler, embeds the
 tokens, broadcasts the result, and samples from its own logits. The others know the positions of
-tokens but not the tokens, so they cannot decide anything differently. The first process reads more
-weights than it would of a split head: in a step with one row, 0.5% of all bytes in an image, whose
+tokens but not the tokens, so they cannot decide anything differently. A split head would save the
+first process some reads of weights: in a step with one row, 0.5% of all bytes in an image, whose
 codes are an eighth of the vocabulary, and 4% in text (7B on two, 34B on four; 1% and 10% for 34B on
-eight). But with a split head each step would have to gather logits.
+eight). But then each step would have to gather logits.
 
 Shapes: T tokens of a step, D model width, N query heads, K key and value heads, H head width.
 """
@@ -117,8 +117,8 @@ def shard_tensor(name: str, whole: Tensor, config: ModelConfig, rank: int, count
 
 
 def _query_heads(config: ModelConfig, rank: int, count: int) -> list[int]:
-    each = config.num_attention_heads // count
-    return list(range(rank * each, (rank + 1) * each))
+    heads_per_shard = config.num_attention_heads // count
+    return list(range(rank * heads_per_shard, (rank + 1) * heads_per_shard))
 
 
 def _kv_heads(config: ModelConfig, rank: int, count: int) -> list[int]:
@@ -169,8 +169,8 @@ def _shard_named(name: str, config: ModelConfig, rank: int, count: int, whole: T
 
 
 def connect(shard: Transformer, peers: Peers) -> Transformer:
-    """Connect a shard with those of the other processes, in place. Quantise it before, if at
-    all."""
+    """Connect a shard with those of the other processes, in place. A shard that is to be quantised
+    must be quantised before."""
     embedding = shard.model.embed_tokens
     assert isinstance(embedding, nn.Embedding)
     shard.model.embed_tokens = BroadcastEmbedding(cast(nn.Parameter, embedding.weight), peers)
@@ -200,8 +200,8 @@ def split(whole: Transformer, peers: Peers) -> Transformer:
 
 
 def share(shard: Transformer) -> None:
-    """Connect the shards of all processes. Returns in the first, which leads; the others follow it
-    until it ends, and end too.
+    """Connect the shards of all processes. Returns in the first process, which leads. The others
+    run its plans until it ends, and then end too.
 
     Raises `SettingError` if this program shares a model already.
     """
@@ -308,7 +308,7 @@ class LeadingRunner(ModelRunner):
 
 
 def follow(shard: Transformer, peers: Peers) -> None:
-    """Run the plans of the leader until it closes; ConnectionError if it has gone."""
+    """Run the plans of the leader until it closes; ConnectionError if it ended without closing."""
     follower: _Follower | None = None
     while message := peers.receive():
         kind, *numbers = message
@@ -372,8 +372,8 @@ def _collectives(transformer: Transformer) -> int:
 
 
 def _message(plan: Plan) -> list[int]:
-    """A plan as numbers: the copies, then the positions and block table of each piece; without its
-    tokens, which the others need not know."""
+    """A plan as numbers: the copies, then the positions and the block table of each piece. Tokens
+    are left out, as the other processes do not need them."""
     numbers = [_READ, len(plan.copies)]
     for copied in plan.copies:
         numbers += copied
@@ -384,11 +384,11 @@ def _message(plan: Plan) -> list[int]:
 
 
 def _plan(numbers: Sequence[int]) -> Plan:
-    """The plan of a message, with 0 for each token."""
-    left = iter(numbers)
-    copies = [Copy(next(left), next(left), next(left)) for _ in range(next(left))]
+    """The plan in a message, with 0 for every token."""
+    rest = iter(numbers)
+    copies = [Copy(next(rest), next(rest), next(rest)) for _ in range(next(rest))]
     pieces = []
-    for start, size, drafts, count in iter(lambda: tuple(islice(left, 4)), ()):
-        branch = Branch([0] * (start + size), array("q", islice(left, count)))
+    for start, size, drafts, count in iter(lambda: tuple(islice(rest, 4)), ()):
+        branch = Branch([0] * (start + size), array("q", islice(rest, count)))
         pieces.append(Piece(branch, start, size, [0] * drafts))
     return Plan(copies, pieces)

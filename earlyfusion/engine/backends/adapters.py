@@ -15,19 +15,19 @@ from earlyfusion.kernels.cpu_step import Choice
 
 
 class MultiAdapter:
-    """A back end for each adapter, by its name; that of "" has the model's own weights. All use the
-    model's own head."""
+    """The back ends of the adapters, by name, and that of the model without one under "". All share
+    its head."""
 
     def __init__(self, backends: Mapping[str, Backend]) -> None:
-        self._backends, self._own = backends, backends[""]
+        self._backends, self._base = backends, backends[""]
 
     @property
     def needs_whole_prompts(self) -> bool:
-        return self._own.needs_whole_prompts
+        return self._base.needs_whole_prompts
 
     @property
     def sample(self) -> Callable[[Sequence[Choice]], list[int]] | None:
-        return self._own.sample
+        return self._base.sample
 
     def hidden_states(self, step: Step) -> Tensor:
         groups: dict[str, list[Piece]] = {}
@@ -50,7 +50,7 @@ class MultiAdapter:
         return x_RD
 
     def product(self, ids_V: Tensor) -> Product:
-        return self._own.product(ids_V)
+        return self._base.product(ids_V)
 
     def vocab_logits(self, x_RD: Tensor) -> Tensor:
-        return self._own.vocab_logits(x_RD)
+        return self._base.vocab_logits(x_RD)

@@ -70,7 +70,7 @@ class StepAttention:
     def _attend(self, layer: LayerCache, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         layer.store(self._blocks_T, self._offsets_T, k_TKH, v_TKH)
         out = [_attend_group(layer, q_TNH[group.rows], group) for group in self._groups]
-        out += [_attend_segment(layer, q_TNH[one.rows], one) for one in self._segments]
+        out += [_attend_segment(layer, q_TNH[seg.rows], seg) for seg in self._segments]
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _make_groups(self, singles: Sequence[Piece]) -> Iterator[_Group]:
@@ -100,7 +100,7 @@ class StepAttention:
     def _make_segments(self, longer: Sequence[Piece], row: int) -> Iterator[_Segment]:
         for piece in longer:
             mask, end = None, piece.start + piece.rows
-            # is_causal aligns queries with the first keys, so it serves only from position 0 on.
+            # `is_causal` aligns queries with the first keys, so it only fits a piece at position 0.
             if piece.start:
                 positions_T = torch.arange(end, device=self._cache.device)
                 mask = positions_T <= positions_T[piece.start :, None]

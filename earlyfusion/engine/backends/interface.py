@@ -17,7 +17,7 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """With `needs_whole_prompts`, a prompt must be computed in one piece, from its first token."""
+    """If `needs_whole_prompts`, a prompt must be computed in one piece, from its first token."""
 
     @property
     def needs_whole_prompts(self) -> bool: ...
@@ -33,7 +33,8 @@ class Backend(Protocol):
 
     @property
     def sample(self) -> Callable[[Sequence[Choice]], list[int]] | None:
-        """Samples a column per choice, -1 if its logits are not finite. None: torch samples."""
+        """Samples a column per choice, -1 if its logits are not finite. None: sampling is in
+        torch."""
 
 
 def head_product(head: nn.Module, ids_V: Tensor, product: Callable[[Tensor], Product]) -> Product:

@@ -29,8 +29,8 @@ from earlyfusion.model.transformer import HEAD_NORM_EPS, Block, RMSNorm, Transfo
 
 
 class Layer(NamedTuple):
-    """The fused products of one block, with its norms; `head_weight` and `head_bias` are those of
-    the QK-norms, queries before keys."""
+    """The fused products and the norms of one block. `head_weight` and `head_bias` [M, H] are those
+    of the QK-norms, queries before keys."""
 
     qkv: Product
     head_weight: Tensor
@@ -158,7 +158,7 @@ def _norm_and_rotate(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tens
 
 @cache
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed products serve weights of this dtype on this machine."""
+    """Whether this machine has oneDNN's packed products for weights of this dtype."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
@@ -177,7 +177,8 @@ def fits_second_copy(transformer: Transformer) -> bool:
 
 
 def _share_memory(linears: Sequence[nn.Linear], weight_OI: Tensor, bias_O: Tensor | None) -> None:
-    """Make the modules' parameters views of the fused weight, so that it is held once."""
+    """Make the modules' parameters views of the fused weight, so that memory holds the weights
+    once."""
     sizes = [linear.out_features for linear in linears]
     for linear, weight in zip(linears, weight_OI.split(sizes), strict=True):
         linear.weight.data = weight

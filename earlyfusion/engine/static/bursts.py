@@ -41,9 +41,9 @@ waits for the end of a burst."""
 class Bursts:
     """The static steps of one model over one cache, whose last block is the spare one.
 
-    `models` are by adapter, that of "" without one. `announce` is called before each burst and each
-    capture with the number of its collectives; with tensor parallelism it sends the burst to the
-    other processes.
+    `models` has a model per adapter, and the one without under "". `announce` is called before each
+    burst and each capture with the number of its collectives; with tensor parallelism it sends the
+    burst to the other processes.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Bursts:
         self.announce: Callable[[Burst, int], None] = lambda burst, collectives: None
 
     def burst_length(self, plan: Plan, handles: Sequence[Handle]) -> int:
-        """The number of steps for the handles of a plan; 0 if the plan needs another step.
+        """The number of steps for the handles of a plan; 0 if it cannot run as a burst.
 
-        A static step computes one token of each branch, and only of requests that sample.
+        A static step computes one token per branch, and only for requests that sample.
         """
         rows = sum(len(handle.branches) for handle in handles)
         if not rows or rows != len(plan.pieces) or rows > BUCKETS[-1]:
@@ -100,7 +100,8 @@ class Bursts:
         sampled: dict[int, list[int]] = {}
         for name, group in groups.items():
             tokens = self._sample_group(name, group, steps)
-            sampled |= {handle.number: one for handle, one in zip(group, tokens, strict=True)}
+            numbers = (handle.number for handle in group)
+            sampled |= dict(zip(numbers, tokens, strict=True))
         return [sampled[handle.number] for handle in handles]
 
     def _sample_group(self, adapter: str, handles: Sequence[Handle], steps: int) -> list[list[int]]:
@@ -123,18 +124,17 @@ class Bursts:
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Capture every step. `progress` is called with the number captured so far and the number
-        of all. Returns the bytes of device memory that this took."""
+        """As `Engine.warm_up`."""
         if not self._graphs.captures:
             return 0
         before = free_bytes(self._device)
         kinds = [Kind(*flags) for flags in product((True, False), repeat=2)]
         # The largest first, so that the others can use its memory in the pool.
-        needed = [Shape(*one) for one in product(reversed(BUCKETS), kinds, self._adapters)]
-        for number, shape in enumerate(needed, 1):
+        shapes = [Shape(*fields) for fields in product(reversed(BUCKETS), kinds, self._adapters)]
+        for number, shape in enumerate(shapes, 1):
             self._announced_step(Burst(shape, 0))
             if progress is not None:
-                progress(number, len(needed))
+                progress(number, len(shapes))
         return before - free_bytes(self._device)
 
     def _bucket_rows(self, bucket: int) -> Rows:

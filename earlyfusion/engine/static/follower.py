@@ -35,16 +35,17 @@ class Burst(NamedTuple):
     @property
     def numbers(self) -> list[int]:
         # A model that processes share has no adapters by name.
-        (rows, kind, _), found = self.shape, list[int]()
+        rows, kind, _ = self.shape
+        numbers = [rows, *kind, self.steps]
         for table in self.tables:
-            found += [len(table), *table]
-        return [rows, *kind, self.steps, *found]
+            numbers += [len(table), *table]
+        return numbers
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Burst:
-        left = iter(numbers)
-        rows, only_codes, greedy, steps = islice(left, 4)
-        tables = [list(islice(left, blocks)) for blocks in left]
+        rest = iter(numbers)
+        rows, only_codes, greedy, steps = islice(rest, 4)
+        tables = [list(islice(rest, blocks)) for blocks in rest]
         return cls(Shape(rows, Kind(bool(only_codes), bool(greedy))), steps, tables)
 
 

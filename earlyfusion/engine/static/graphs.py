@@ -11,8 +11,8 @@ from earlyfusion.engine.static.layers import StaticLayers
 
 
 class Kind(NamedTuple):
-    """The kind of a step; each has its own graph: with `only_codes` it reads a small part of the
-    head, and with `greedy` it does not sort logits."""
+    """The kind of a step. Each kind has a graph of its own: with `only_codes` all rows are in
+    images, so it reads only the codes' part of the head; with `greedy` it does not sort logits."""
 
     only_codes: bool
     greedy: bool
@@ -52,14 +52,13 @@ class Graphs:
         return self._device.type == "cuda"
 
     def collectives(self, shape: Shape, steps: int) -> int:
-        """The number of collectives of `steps` steps, with those of a capture if the shape is
-        new."""
+        """The number of collectives of `steps` steps, and of the capture if the shape has none."""
         new = self.captures and shape not in self._steps
         return self._collectives_per_step * (steps + (WARM_UP + 1 if new else 0))
 
     def wait(self) -> None:
-        """Where processes share captured steps, return when the started ones are done, or raise
-        ConnectionError if they never are."""
+        """If several processes share the model, wait until the captured steps that were started are
+        done; ConnectionError if they do not end."""
         if self._peers is None or self._device.type != "cuda":
             return
         event = torch.cuda.Event()
@@ -79,15 +78,15 @@ class Graphs:
             # One stream for all, as libraries keep a workspace per stream.
             self._stream = torch.cuda.Stream(self._device)
         replay, self._pool = capture(run, idle, self._stream, self._pool)
-        peers, each = self._peers, self._collectives_per_step
+        peers, collectives = self._peers, self._collectives_per_step
         if peers is None:
             return replay
 
-        def counted() -> None:
-            peers.replay(each)
+        def replay_and_count() -> None:
+            peers.replay(collectives)
             replay()
 
-        return counted
+        return replay_and_count
 
 
 WARM_UP = 3

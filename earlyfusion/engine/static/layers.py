@@ -1,8 +1,8 @@
 """The transformer of a decode step over tensors of fixed shape: the host reads nothing.
 
 Every shape follows from the bucket alone, and no code depends on a value. If several processes
-share the model, each runs the step over its own heads and columns. The first process broadcasts its
-positions and embedded tokens within the step; the others need to know nothing else of the sampling.
+share the model, each runs the step over its shard of heads and columns. The first process
+broadcasts positions and embedded tokens within the step; the others need to know nothing else.
 
 Shapes: R rows, D model width, M = N + 2 K heads of queries, keys and values, H head width, W blocks
 of a table.
@@ -43,8 +43,8 @@ class Layer(NamedTuple):
 
 
 class _Positions(NamedTuple):
-    """The position of each row's new token, the number of tokens that it attends to, and the block
-    table that holds them."""
+    """The position of each row's new token, the number of tokens that it attends to, and their
+    block table."""
 
     position_R: Tensor
     length_R: Tensor
@@ -80,8 +80,8 @@ class StaticLayers:
         return 0 if self.peers is None else 2 + 2 * len(self._layers)
 
     def hidden_states(self, token_R: Tensor, position_R: Tensor, table_RW: Tensor) -> Tensor:
-        """The input of the head [R, D]. With several processes, those of the first are used for
-        tokens and positions."""
+        """The input of the head [R, D]. With several processes, all use the tokens and positions of
+        the first."""
         # The kernels need contiguous integers.
         position_R = position_R.contiguous()
         if self.peers is not None:

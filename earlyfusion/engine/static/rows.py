@@ -1,7 +1,7 @@
 """The rows of a burst of static steps: the host writes them before the burst and reads them after.
 
 Each branch of a request is a row. All rows of a request sample the same token, from the guided
-logits of its conditions, so each row holds the numbers of the rows of all three conditions. A row
+logits of its conditions, so each row holds the indices of the rows of all three conditions. A row
 freezes if the host must act before its next token: at the end of the reply, when branches open or
 close, and when its blocks are full. A frozen row is still computed, and its results are ignored.
 
@@ -41,7 +41,7 @@ _FLOATS = 2 + 2 * 4  # guidance, then four settings of text and four of images
 
 
 class Conditions(NamedTuple):
-    """The numbers of the rows of the three conditions of guidance, for each row."""
+    """For each row, the index of the row of each condition of guidance."""
 
     full_R: Tensor
     image_only_R: Tensor
@@ -149,17 +149,20 @@ class Rows:
             ints.append(idle)
             floats.append([0.0] * _FLOATS)
             uniforms.append([0.0] * steps)
-        self.ints_RI.copy_(pinned(torch.tensor(ints), self.ints_RI.device), non_blocking=True)
-        given = torch.tensor(floats, dtype=torch.float64)
-        self.floats_RF.copy_(pinned(given, self.ints_RI.device), non_blocking=True)
-        given = torch.tensor(uniforms, dtype=torch.float64).T.contiguous()
-        self.uniforms_NR[:steps].copy_(pinned(given, self.ints_RI.device), non_blocking=True)
+        ints_RI = torch.tensor(ints)
+        floats_RF = torch.tensor(floats, dtype=torch.float64)
+        uniforms_NR = torch.tensor(uniforms, dtype=torch.float64).T.contiguous()
+        device = self.ints_RI.device
+        self.ints_RI.copy_(pinned(ints_RI, device), non_blocking=True)
+        self.floats_RF.copy_(pinned(floats_RF, device), non_blocking=True)
+        self.uniforms_NR[:steps].copy_(pinned(uniforms_NR, device), non_blocking=True)
         self.step_1.zero_()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A branch of a request, the rows of its three conditions, and the number of its grammar."""
+    """A branch of a request, the indices of the rows of the request's three conditions, and the
+    number of its grammar."""
 
     handle: Handle
     branch: Branch
@@ -168,7 +171,7 @@ class Row:
     ends_with_image: bool
 
     def ints(self, blocks: int, spare: int) -> list[int]:
-        handle, tokens, own_blocks = self.handle, self.branch.tokens, self.branch.blocks.tolist()
+        handle, tokens, table = self.handle, self.branch.tokens, self.branch.blocks.tolist()
         at_begin, at_end = handle.changes_at_image
         return [
             tokens[-1],
@@ -176,13 +179,13 @@ class Row:
             1,
             *handle.grammar_state.row,
             self.grammar,
-            len(own_blocks) * BLOCK_SIZE,
+            len(table) * BLOCK_SIZE,
             int(at_begin),
             int(at_end or self.ends_with_image),
             *self.conditions,
             *(int(settings.top_k) for settings in handle.both_settings),
-            *own_blocks,
-            *[spare] * (blocks - len(own_blocks)),
+            *table,
+            *[spare] * (blocks - len(table)),
         ]
 
     def floats(self) -> list[float]:

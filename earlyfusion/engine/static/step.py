@@ -29,8 +29,8 @@ from earlyfusion.model.transformer import Transformer
 
 
 class StaticStep:
-    """The step of one model. `layers` are by adapter, those of "" the model's own; the head is the
-    same for all. `codes_V` are the ids of the codes, in order."""
+    """The step of one model. `layers` has the layers of each adapter, and the model's own under "";
+    all share one head. `codes_V` are the ids of the codes, ascending."""
 
     def __init__(
         self,
