@@ -16,7 +16,7 @@ import torch
 
 from earlyfusion.errors import SettingError
 from earlyfusion.mini import packed_transformer
-from earlyfusion.mini.emoji import scenes
+from earlyfusion.mini.emoji import scene_dialogues, scenes
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import Dialogues, generate
 from earlyfusion.mini.emoji.mixture import (
@@ -167,8 +167,8 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
         counts = scene.counts()
         assert 1 <= sum(counts.values()) <= scenes.MAX_CELLS
         named = {data.row(i)["en"]: n for i, n in counts.items()}
-        for question, answer in scenes.scene_questions(data, scene, "en", rng):
-            requests = [n for name, n in named.items() if scenes.plural(name) in question]
+        for question, answer in scene_dialogues.scene_questions(data, scene, "en", rng):
+            requests = [n for name, n in named.items() if scene_dialogues.plural(name) in question]
             if "thing" in question or "everything" in question:
                 assert words[answer] == sum(counts.values())
             elif requests and "How many" in question:
@@ -181,15 +181,18 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
                 placed += 1
     assert counted > 50 and placed > 10
     banana, dog = data.row("noto/1f34c"), data.row("noto/1f415")
-    assert (scenes.count_phrase(banana, 2, "en"), scenes.count_phrase(banana, 1, "en")) == (
+    assert (
+        scene_dialogues.count_phrase(banana, 2, "en"),
+        scene_dialogues.count_phrase(banana, 1, "en"),
+    ) == (
         "two bananas",
         "a banana",
     )
-    assert scenes.count_phrase(dog, 2, "ko") == "개 두 마리"
+    assert scene_dialogues.count_phrase(dog, 2, "ko") == "개 두 마리"
     scene = Scene(2, 2, ("noto/1f34c", "noto/1f34c", "noto/1f415", ""))
-    assert scenes.describe_scene(data, scene, "en") == "two bananas and a dog"
-    assert scenes.describe_scene(data, scene, "ko") == "바나나 두 개와 개 한 마리"
-    assert [scenes.plural(n) for n in ("fox", "cherry", "wolf", "hot dog", "key")] == [
+    assert scene_dialogues.describe_scene(data, scene, "en") == "two bananas and a dog"
+    assert scene_dialogues.describe_scene(data, scene, "ko") == "바나나 두 개와 개 한 마리"
+    assert [scene_dialogues.plural(n) for n in ("fox", "cherry", "wolf", "hot dog", "key")] == [
         "foxes",
         "cherries",
         "wolves",
@@ -200,7 +203,7 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
 
 def test_generated_scenes_have_their_things_in_order(data: EmojiData) -> None:
     result = scenes.scenes(data, 100)
-    created = list(scenes.scene_samples(data, result, 300, 0, 0.4, 0.5))
+    created = list(scene_dialogues.scene_samples(data, result, 300, 0, 0.4, 0.5))
     assert len(created) == 300
     generated = [s for s in created if s["messages"][-1]["content"][0]["type"] == "image"]
     assert 60 < len(generated) < 150
@@ -208,10 +211,10 @@ def test_generated_scenes_have_their_things_in_order(data: EmojiData) -> None:
         scene = Scene.of(shown(sample)[0])
         assert scenes.is_ordered(scene)
         if sample["lang"] == "en":
-            words = scenes.describe_scene(data, scene, "en").lower()
+            words = scene_dialogues.describe_scene(data, scene, "en").lower()
             asked = said(sample, "user")[0].lower()
             assert words in asked or abs(len(asked) - len(words)) < 60  # a slip of the fingers
-    assert list(scenes.scene_samples(data, [], 5, 0, 0.4, 0.5)) == []
+    assert list(scene_dialogues.scene_samples(data, [], 5, 0, 0.4, 0.5)) == []
 
 
 # ---- unknown things
@@ -219,18 +222,25 @@ def test_generated_scenes_have_their_things_in_order(data: EmojiData) -> None:
 
 def test_unknown_things_are_refused_and_are_unknown(data: EmojiData) -> None:
     strange = scenes.unknown_image_ids(data, 20)
-    result = list(scenes.unknown_samples(data, strange, 200, 0, 0.5, 0.5))
-    assert {said(s, "assistant")[-1] for s in result} == set(scenes.UNKNOWN_ANSWER.values())
-    assert all(said(s, "assistant") == [scenes.UNKNOWN_ANSWER[s["lang"]]] for s in result)
+    result = list(scene_dialogues.unknown_samples(data, strange, 200, 0, 0.5, 0.5))
+    assert {said(s, "assistant")[-1] for s in result} == set(
+        scene_dialogues.UNKNOWN_ANSWER.values()
+    )
+    assert all(said(s, "assistant") == [scene_dialogues.UNKNOWN_ANSWER[s["lang"]]] for s in result)
     pictures_shown = [s for s in result if shown(s)]
     assert 60 < len(pictures_shown) < 140
-    things = scenes.unknown_things(data, [("banana", "바나나"), ("lathe", "선반"), ("x", "수박")])
+    things = scene_dialogues.unknown_things(
+        data, [("banana", "바나나"), ("lathe", "선반"), ("x", "수박")]
+    )
     assert things == [("lathe", "선반")]
-    kept = {english for english, _ in scenes.unknown_things(data, scenes.UNKNOWN_THINGS)}
-    assert not kept & {english for english, _ in scenes.HELD_OUT_THINGS} and len(kept) > 80
+    kept = {
+        english
+        for english, _ in scene_dialogues.unknown_things(data, scene_dialogues.UNKNOWN_THINGS)
+    }
+    assert not kept & {english for english, _ in scene_dialogues.HELD_OUT_THINGS} and len(kept) > 80
     rng = random.Random(0)
-    assert len({scenes.invent_word("en", rng) for _ in range(100)}) > 90
-    assert all("가" <= c <= "힣" for _ in range(50) for c in scenes.invent_word("ko", rng))
+    assert len({scene_dialogues.invent_word("en", rng) for _ in range(100)}) > 90
+    assert all("가" <= c <= "힣" for _ in range(50) for c in scene_dialogues.invent_word("ko", rng))
 
 
 # ---- the mixture, and icons

@@ -2,7 +2,7 @@
 
 For free wordings and refusals the model itself chooses between text and images (`auto`). The
 requests and the unknown things are those that training never uses
-(`earlyfusion.mini.emoji.wordings.HELD_OUT`, `scenes.HELD_OUT_THINGS`).
+(`earlyfusion.mini.emoji.wordings.HELD_OUT`, `scene_dialogues.HELD_OUT_THINGS`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from earlyfusion.evals.gallery import Gallery, count_different
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 from earlyfusion.mini.emoji.phrases import ORDINALS, PROMPTS, normalise, particle, with_article
 from earlyfusion.mini.emoji.pools import kind_of, name_of
-from earlyfusion.mini.emoji.scenes import (
+from earlyfusion.mini.emoji.scene_dialogues import (
     HELD_OUT_THINGS,
     UNKNOWN_ANSWER,
-    image_of,
     scene_questions,
-    scenes,
-    unknown_image_ids,
     unknown_things,
 )
+from earlyfusion.mini.emoji.scenes import image_of, scenes, unknown_image_ids
 from earlyfusion.mini.emoji.wordings import HELD_OUT, FreeRequest
 
 SEED_PROMPTS = {"Draw a cat.": "cat", "Draw a house.": "house", "Draw an elephant.": "elephant"}

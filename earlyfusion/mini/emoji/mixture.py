@@ -40,7 +40,8 @@ from earlyfusion.mini.emoji.dialogues import (
 )
 from earlyfusion.mini.emoji.phrases import COLOUR_IN_NAME
 from earlyfusion.mini.emoji.pools import Pools, name_of
-from earlyfusion.mini.emoji.scenes import scene_samples, scenes, unknown_image_ids, unknown_samples
+from earlyfusion.mini.emoji.scene_dialogues import scene_samples, unknown_samples
+from earlyfusion.mini.emoji.scenes import scenes, unknown_image_ids
 
 SOURCES = ("dialogues", "pairs", "requests", "studies", "chats", "bare", "scenes", "unknown")
 _COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
