@@ -1,8 +1,8 @@
 """Text that must fit a JSON schema, a regular expression or a grammar (llguidance).
 
-A reply has exactly one text that fits, from beginning to end. One image may come before that text
-begins, and any number after it is complete. A grammar that names `<image>` has its images there
-and nowhere else, with text on both sides.
+All text of a reply together fits, from beginning to end. It may not be interrupted: one image may
+come before it, and any number after it is complete. Only a grammar that names `<image>` has images
+within its text, at these places and nowhere else.
 
 llguidance works on bytes: it gets the bytes of each text token, and one special token for the
 beginning of an image. It does not see the codes.
@@ -35,8 +35,8 @@ IMAGE = "<image>"
 """The token that marks the place of an image in a grammar."""
 _MAX_COMPILED = 64  # compiled schemas, expressions and grammars of one model
 # llguidance follows rules and references by recursion: a chain of some thousands overflows the
-# stack, which ends the process. By field: the text that is counted, its name in the error, the
-# limit.
+# stack, which ends the process. For each field: the text that is counted, its name in the error
+# message, and the limit.
 _CHAIN_LIMITS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
 # Only the spaces of Python's json.dumps: if any whitespace were allowed, a model might generate it
 # forever.
@@ -44,7 +44,7 @@ _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_sepa
 
 
 class _Source(NamedTuple):
-    """A schema, expression or grammar: the name of its field in the request, and its text."""
+    """A schema, expression or grammar: the name of its field in `SamplingParams`, and its text."""
 
     name: str
     text: str
@@ -67,7 +67,7 @@ def _source(sampling: SamplingParams) -> _Source | None:
 
 
 class Constraint:
-    """Follows one reply token by token, and gives the text tokens that may come next."""
+    """Follows one reply token by token, and says which text tokens may come next."""
 
     def __init__(self, processor: Processor, request: Request, source: _Source) -> None:
         vocabulary = processor.vocabulary
@@ -80,7 +80,8 @@ class Constraint:
         self._in_image = self._image_begun = self._text_begun = self._text_closed = False
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
-        """The logits, with -inf for tokens that may not come; `ids` include the prompt's."""
+        """The logits [V], with -inf for tokens that may not come. `ids` are those of prompt and
+        reply."""
         allowed_V = self.allowed(ids, len(logits_V))
         if allowed_V is None:
             return logits_V
@@ -128,7 +129,7 @@ class Constraint:
 
 
 class _Compilers:
-    """Tokenizers and compiled sources of the models in use. Thread-safe."""
+    """A `_Compiler` per processor. Thread-safe."""
 
     def __init__(self) -> None:
         self._by_processor: WeakKeyDictionary[Processor, _Compiler] = WeakKeyDictionary()
@@ -146,6 +147,8 @@ _compilers = _Compilers()
 
 
 class _Compiler:
+    """Compiles sources for the vocabulary of one processor, and caches the results."""
+
     def __init__(self, processor: Processor) -> None:
         try:
             import llguidance
@@ -175,7 +178,7 @@ class _Compiler:
         limits = self._library.LLParserLimits(verbose_errors=False)
         try:
             grammar = self._grammar(source)
-        except ValueError as error:  # numbers beyond 64 bits, for one
+        except ValueError as error:  # for example, for numbers beyond 64 bits
             raise _invalid(source, str(error)) from None
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -228,7 +231,7 @@ def _first_error_line(error: str) -> str:
     """The first line of the library's message; the others point into the source."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     message = lines[0] if lines else "it is not valid"
-    for line in lines:  # for a regular expression only this line says what is wrong
+    for line in lines:  # for a regular expression, only this line says what is wrong
         if line.startswith("error: "):
             message = line.removeprefix("error: ")
     return message.split("; following special tokens")[0][:200].rstrip(".")

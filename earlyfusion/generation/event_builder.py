@@ -30,9 +30,9 @@ from earlyfusion.vocabulary import CODE
 
 
 class GrammarState:
-    """The state of one row of a `Grammar` in plain integers, by the same rules, for loops that see
-    every token on the host. `slot` is that of the next token, 0 outside of an image. `codes_left`
-    is the number of image codes that must come next."""
+    """The state of one row of a `Grammar` in Python integers, for loops that see every token on the
+    host; the rules are the same. `slot` is the slot of the next token, 0 outside of an image.
+    `codes_left` is the number of image codes that must come next."""
 
     def __init__(self, grammar: Grammar, output: Output, max_images: int, max_tokens: int) -> None:
         self.grammar = grammar
@@ -55,7 +55,7 @@ class GrammarState:
 
     @property
     def tokens_until_end(self) -> int:
-        """The most tokens until the image ends, or outside of an image until the reply ends."""
+        """The maximum number of tokens until the image ends or, outside of an image, the reply."""
         if self.done:
             return 0
         if self.slot == 0:
@@ -64,8 +64,8 @@ class GrammarState:
 
     @property
     def text_left(self) -> int:
-        """The number of text tokens that may come before the mask changes: until the reply ends, or
-        until an image that may begin now no longer fits."""
+        """The number of text tokens that may come before the mask changes, because the reply ends
+        or an image no longer fits."""
         if self.in_image or self.done:
             return 0
         return self._tokens_left - (self.grammar.image_tokens - 1 if self.may_begin_image else 0)
@@ -100,8 +100,8 @@ class GrammarState:
 
 
 class EventBuilder:
-    """The events of one reply. The caller advances `grammar_state` after each `push`, so that here
-    it is the state before the token."""
+    """The events of one reply. The caller advances `grammar_state` after each `push`, so that
+    `push` sees the state before its token."""
 
     def __init__(self, processor: Processor, request: Request, grammar_state: GrammarState) -> None:
         self.ended = False
@@ -126,8 +126,8 @@ class EventBuilder:
         return events
 
     def finish(self, cached_tokens: int = 0) -> list[Event]:
-        """The rest of the text, then `Finished`. The cache already held `cached_tokens` tokens of
-        the prompt."""
+        """The rest of the text, then `Finished`. `cached_tokens` is the number of prompt tokens
+        that the cache already held."""
         complete = self._request.output == "image" and self._images == self._request.max_images
         rest = self._deltas(self._text.flush())
         reason: Reason = "stop" if self.ended or complete else "length"
@@ -178,7 +178,7 @@ class EventBuilder:
 
 
 class _SegmentText:
-    """Text of one segment, held back while it may still become a stop string."""
+    """The text of one segment. Text that may still become a stop string is held back."""
 
     def __init__(self, processor: Processor, stops: tuple[str, ...]) -> None:
         self.stopped = False

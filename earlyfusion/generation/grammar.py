@@ -1,9 +1,9 @@
 """Grammar: which tokens may come next, as an automaton over the vocabulary.
 
 The state is one integer tensor with a row per sequence, so a step costs a few device operations and
-never waits for the device. The layout's template spells an image: one slot per token, for a code or
-for a fixed id, begin_image first. Outside of an image, text may come, or begin_image if a whole
-image still fits.
+never waits for the device. An image is spelled by the layout's template: one slot per token, either
+for a code or for a fixed id; the first is begin_image. Outside of an image, text may come, or
+begin_image if a whole image still fits.
 """
 
 # Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
@@ -21,15 +21,15 @@ from earlyfusion.generation.settings import Output
 from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary
 
 # Fields of the state: the slot of the template that comes next (0 outside of an image, the length
-# of the template when the reply has ended), how many images may still begin, how many tokens may
-# still come, and whether text may come at all.
+# of the template after the reply), how many images may still begin, how many tokens may still come,
+# and whether the output may have text.
 SLOT, IMAGES_LEFT, TOKENS_LEFT, TEXT_ALLOWED = range(4)
 
 
 class Grammar:
-    """The rules of one vocabulary and one image layout; rows of a batch may differ in their output.
-    `stops` are ids besides eos that end the reply. `size` is the width of the logits, if the model
-    has more rows than the tokenizer has tokens."""
+    """The rules of one vocabulary and one image layout. Rows of a batch may have different outputs.
+    `stops` are ids besides eos that end a reply. `size` is the width of the logits if that is not
+    the number of the tokenizer's tokens."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class Grammar:
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
-        """The ids that each class of slots allows, bool [K, V], and the class of each slot. The
-        last slot stands for the end of the reply."""
+        """The ids that each class of slots allows, bool [K, V], and the class of each slot. A last
+        slot stands for "after the reply"."""
         return self._classes_KV, self._class_of_slot
 
     def start(
@@ -75,7 +75,7 @@ class Grammar:
         return torch.tensor(rows, dtype=torch.int64).to(self.device)
 
     def mask(self, state_BF: Tensor) -> Tensor:
-        """True where a token may come next; after a reply, only ids that end one."""
+        """bool [B, V], True where a token may come next; after a reply, only ids that end one."""
         allowed_BV = self._classes_KV[self._class_of_slot[state_BF[:, SLOT]]]
         outside_B = state_BF[:, SLOT] == 0
         fits_B = state_BF[:, TOKENS_LEFT] >= self.image_tokens

@@ -1,8 +1,10 @@
 """Guidance: an image is generated under up to three conditions of one request (Meta's formula).
 
-full: the whole history. image_only: its images without the words. unconditional: no history, or a
-negative prompt instead, from which the image then moves away. Guided logits = unconditional +
-image * (image_only - unconditional) + text * (full - image_only).
+Under `full` the model reads the whole history, under `image_only` its images without the words, and
+under `unconditional` no history, or a negative prompt from which the image moves away.
+
+Guided logits = unconditional + image * (image_only - unconditional) + text * (full - image_only),
+where `image` and `text` are the weights of guidance.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ def combine(
 
 
 def needed_conditions(text: float, image: float, has_images: bool) -> tuple[Condition, ...]:
-    """The conditions that the formula depends on, in its order; full is always one of them.
-    Without images in the history, image_only equals unconditional."""
-    # The formula ordered by condition: text * full + (image - text) * image_only + (1 - image) *
-    # unconditional. A condition with factor 0 is not needed.
+    """The conditions that the formula depends on, in the order full, image_only, unconditional;
+    full is always one of them. Without images in the history, image_only equals unconditional."""
+    # The same formula: text * full + (image - text) * image_only + (1 - image) * unconditional. A
+    # condition with factor 0 is not needed.
     if not has_images:
         return ("full",) if text == 1 else ("full", "unconditional")
     if text == image:
@@ -48,8 +50,8 @@ def combine_needed(logits: Mapping[Condition, Tensor], text: float, image: float
     full = logits["full"]
     if len(logits) == 1:
         return full
-    # A missing condition either equals the other one or has factor 0, so the other one's logits
-    # may stand in for it.
+    # A missing condition equals the other one or has factor 0, so the other one's logits can
+    # replace its own.
     image_only = logits["image_only"] if "image_only" in logits else logits["unconditional"]
     return combine(full, image_only, logits.get("unconditional", image_only), text, image)
 

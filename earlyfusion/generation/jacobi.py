@@ -35,9 +35,9 @@ NO_DRAFT = -1
 
 
 class Window:
-    """The drafts of one image between two passes, at most `size` positions. Its random numbers
-    come from the request's seed and from `start`, the number of tokens before the image, so a
-    seed always gives the same image."""
+    """The drafts of one image between two passes; a pass has at most `size` positions. The random
+    numbers follow from the request's seed and from `start`, the number of tokens before the
+    image."""
 
     def __init__(self, size: int, seed: int, start: int) -> None:
         self.drafts: list[int] = []
@@ -53,13 +53,14 @@ class Window:
         return len(self.drafts) + 1
 
     def uniforms(self) -> list[tuple[float, float]]:
-        """Per position, a number that decides whether to keep the draft, and one to sample with."""
+        """Per position, the random number that decides whether its draft is kept, and the one with
+        which it is sampled."""
         return [(a, b) for a, b in self._numbers.random((self.positions, 2)).tolist()]
 
     def accept(self, tokens: Sequence[int], codes_left: int) -> list[int]:
         """The tokens of a pass that are final; the others become the next drafts. `codes_left` is
         the number of codes, `tokens` included, until a fixed token."""
-        final = 1  # all drafts that were kept, and the token after them
+        final = 1  # the drafts that were kept, and the token after them
         for new, draft in zip(tokens, self.drafts, strict=False):
             if new != draft:
                 break
@@ -74,8 +75,8 @@ class Window:
 def sample(
     windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV: Tensor
 ) -> Tensor:
-    """The columns sampled at all positions of these windows. `columns` are those of the windows'
-    drafts. Temperature and truncation are already applied to the logits."""
+    """The columns sampled at all positions of these windows, int64 [R]. `columns` has the columns
+    of each window's drafts. Temperature and truncation are already applied to the logits."""
     new_RV = logits_RV.double().softmax(-1)
     device = new_RV.device
     positions = [window.positions for window in windows]
@@ -92,25 +93,25 @@ def sample(
 def draft_distributions(
     windows: Sequence[Window], columns: Sequence[Sequence[int]], like_RV: Tensor
 ) -> Tensor:
-    """The distributions [R, V] that these windows' drafts were sampled from; 0 without a draft.
-    `like_RV` gives dtype, device and size."""
+    """The distributions [R, V] from which the drafts of these windows were sampled; zeros for a
+    position without a draft. Shape, dtype and device are those of `like_RV`."""
     old_RV = torch.zeros_like(like_RV)
-    rows, certain, start = list[int](), list[int](), 0
+    rows, repeated, start = list[int](), list[int](), 0
     for window, drafts in zip(windows, columns, strict=True):
-        known = 0 if window.old_WV is None else min(len(window.old_WV), len(drafts))
-        if window.old_WV is not None and known:
-            old_RV[start : start + known] = window.old_WV[:known]
+        sampled = 0 if window.old_WV is None else min(len(window.old_WV), len(drafts))
+        if window.old_WV is not None and sampled:
+            old_RV[start : start + sampled] = window.old_WV[:sampled]
         # The other drafts repeat the last token.
-        rows += range(start + known, start + len(drafts))
-        certain += drafts[known:]
+        rows += range(start + sampled, start + len(drafts))
+        repeated += drafts[sampled:]
         start += window.positions
-    old_RV[rows, certain] = 1
+    old_RV[rows, repeated] = 1
     return old_RV
 
 
 def resample(draft_R: Tensor, old_RV: Tensor, new_RV: Tensor, uniform_R2: Tensor) -> Tensor:
-    """Samples from `new_RV` that equal as many as possible of the drafts, which were sampled from
-    `old_RV`. A row without a draft has `NO_DRAFT`, and zeros in `old_RV`."""
+    """Samples from `new_RV` that keep as many drafts as possible; these were sampled from `old_RV`.
+    A row without a draft has `NO_DRAFT`, and zeros in `old_RV`."""
     column_R1 = draft_R.clamp(min=0)[:, None]
     new_R, old_R = new_RV.gather(-1, column_R1)[:, 0], old_RV.gather(-1, column_R1)[:, 0]
     # uniform < new / old, without the division: old may be 0.

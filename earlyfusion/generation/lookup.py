@@ -1,10 +1,10 @@
 """Prompt lookup: the next tokens of text are guessed from earlier text of the same sequence.
 
 If the last tokens have occurred before, the tokens that followed them there are drafts: one step
-computes them together with the newest token. Each position is sampled with the uniform number that
-it would have anyway. Up to the first wrong draft, and including the token sampled in its place, the
-tokens equal those sampled one at a time; the rest is discarded. So the reply is the same with and
-without lookup.
+computes them together with the newest token. Each position is sampled with the same random number
+as without drafts. So the tokens up to and including the one that replaces the first wrong draft
+equal those sampled one at a time; the rest is discarded. The reply is the same with and without
+lookup.
 
 The idea is prompt lookup decoding, an n-gram form of speculative decoding (Leviathan et al., "Fast
 Inference from Transformers via Speculative Decoding", arXiv 2211.17192).
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _MAX_NGRAM, _MIN_NGRAM = 4, 2
-"""The lengths of the n-grams at the end of the sequence that are looked up, longest first."""
+"""The n-gram at the end of the sequence is looked up with these lengths, longest first."""
 
 
 class Lookup:
@@ -36,7 +36,7 @@ class Lookup:
         return []
 
     def _index(self, history: Sequence[int]) -> None:
-        # Not the n-grams at the end of the sequence, as nothing follows them yet.
+        # Without the n-grams at the end of the sequence, as nothing follows them yet.
         for end in range(self._indexed + 1, len(history)):
             for length in range(_MIN_NGRAM, min(_MAX_NGRAM, end) + 1):
                 self._end_of_ngram[tuple(history[end - length : end])] = end

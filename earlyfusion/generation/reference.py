@@ -1,10 +1,10 @@
 """The reference loop that defines what is correct: one request, one token at a time. The engine
 must sample the same tokens.
 
-`generate_tokens` gives the tokens of a reply, `generate` its events. The reader of the whole
-history keeps its cache through every change of modality. A guided image opens readers for the other
-conditions where it begins, and drops them where it ends. With `jacobi`, several codes of an image
-are sampled at a time (generation/jacobi.py).
+`generate_tokens` gives the tokens of a reply, `generate` its events. One `Reader` reads the whole
+history, text and images. When a guided image begins, readers for the other conditions are opened;
+when it ends, they are dropped. With `jacobi`, several codes of an image are sampled at a time
+(generation/jacobi.py).
 """
 
 # Shapes: B rows (one here), T tokens, W positions of a window of codes, V vocabulary.
@@ -92,8 +92,9 @@ class Reader:
         self._read = 0
 
     def read(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> Tensor:
-        """Append tokens to the sequence; logits [1, V] in fp32 of the next token. Drafts come after
-        them and each add a row of logits, but are not appended: the next tokens overwrite them."""
+        """Append tokens to the sequence; returns logits [1, V] in fp32 of the next token. Each
+        draft adds a row of logits after it, but is not appended: the next tokens overwrite
+        drafts."""
         # This reader's cache has one slot.
         tokens_BT = torch.tensor([[*tokens, *drafts]], device=self._device)
         slot_B = torch.zeros(1, dtype=torch.int64, device=self._device)
@@ -146,13 +147,13 @@ class Run:
         return bool(self._grammar.done(self._state))
 
     def sample(self) -> list[int]:
-        """The next tokens: one, or those that a window of codes settles."""
+        """The next tokens: one, or all final ones of a window of codes."""
         logits_WV = guidance.combine_needed(self.logits, *self._guidance)
         allowed_BV = self._grammar.mask(self._state)
         if not can_sample(logits_WV.masked_fill(~allowed_BV, NEG_INF)).all():
             raise WeightsError(NOT_FINITE)
-        # Each token uses up one number, even if it is forced or sampled in a window, so that later
-        # text gets the same numbers in all cases.
+        # Each token uses up one random number, even if it is forced or sampled in a window, so that
+        # later text gets the same numbers in all cases.
         uniform_B = uniforms([self._generator]).to(self._seen_BV.device)
         if self._sampling.jacobi and self._codes_left:
             tokens = self._sample_codes(logits_WV.masked_fill(~allowed_BV, NEG_INF))
@@ -165,7 +166,7 @@ class Run:
         return tokens
 
     def _sample_one(self, logits_BV: Tensor, allowed_BV: Tensor, uniform_B: Tensor) -> list[int]:
-        # A token that the grammar forces is not steered and has no log-probability.
+        # Tokens that the grammar forces are not steered and have no log-probability.
         steering = self._steering if int(allowed_BV.sum()) > 1 else None
         if steering is not None:
             logits_BV = steering.change(self._history, logits_BV[0], allowed_BV[0])[None]
@@ -195,7 +196,7 @@ class Run:
         return window.accept(tokens_W.tolist(), left)
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Read what was sampled, to get the logits of the next token."""
+        """Read the sampled tokens, which gives the logits of the next one."""
         if self.done:
             return
         self._history += tokens

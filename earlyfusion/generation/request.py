@@ -19,13 +19,12 @@ Reason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's tokens, and how to continue them.
+    """The tokens of a prompt, and how to continue them.
 
-    `sampling` is resolved and has a seed; `max_images` and `max_tokens` here, not those of
-    `sampling`, are the limits of the reply. `stops` are ids besides eos that end it. An
-    `ImagePreview` is sent after every `preview_every` codes of an image, never if 0. `layout`
-    spells the images to be generated, None for the model's own. `adapter` names the adapter to
-    use, "" for none.
+    `sampling` is resolved and has a seed. The limits of the reply are `max_images` and `max_tokens`
+    here, not those of `sampling`. `stops` are ids besides eos that end the reply. An `ImagePreview`
+    is sent after every `preview_every` codes of an image (0: never). `layout` spells the generated
+    images (None: the model's layout). `adapter` is the name of an adapter, "" for none.
     """
 
     ids: Sequence[int]
@@ -41,9 +40,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Numbers of tokens. `image_tokens` are the completion's tokens that spell images;
-    `cached_tokens` those of the prompt that the engine's cache already held, which depends on
-    earlier requests and so is not compared."""
+    """Numbers of tokens. `image_tokens` counts the completion's tokens that spell images;
+    `cached_tokens` those of the prompt that the engine's cache already held. `cached_tokens`
+    depends on earlier requests, so `==` ignores it."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -57,7 +56,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text of the current segment; never half a character or part of a stop string."""
+    """Further text of the current segment; never part of a character or of a stop string."""
 
     text: str
 
@@ -71,7 +70,8 @@ class ImageStarted:
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """Sent after each row of codes of image number `index`: `codes_done` of `codes_total`."""
+    """Sent after each row of codes of image number `index`: `codes_done` of `codes_total` codes are
+    generated."""
 
     index: int
     codes_done: int
@@ -121,16 +121,17 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenDrawn:
-    """A sampled, unforced token, if the request asks for `logprobs`; before its other events."""
+    """A token was sampled, not forced. Sent if the request asks for `logprobs`, before the token's
+    other events."""
 
     logprob: TokenLogprob
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. "stop": the model, a stop string or the number of images ended the reply;
-    "length": no more tokens fit. The same request with `seed` gives the same reply. `continues`
-    says whether the reply continues an assistant's turn at the end of the prompt."""
+    """The last event. `reason` is "stop" if the model, a stop string or the number of images ended
+    the reply, "length" if no more tokens fit. The same request with `seed` gives the same reply.
+    `continues` says whether the reply continues an assistant's turn at the end of the prompt."""
 
     reason: Reason
     usage: Usage

@@ -1,8 +1,8 @@
 """Sampler: from masked logits to one token per row, on the device of the logits.
 
-The chain is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, sampling.
-Each row has its own settings, and each new token takes one uniform number from its request's own
-generator, so a row's result does not depend on the rest of the batch.
+The order is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, sampling.
+Each row has its own settings, and each new token takes one random number from its request's
+generator, so the result of a row does not depend on the other rows.
 """
 
 # Shapes: B rows, V vocabulary.
@@ -92,7 +92,8 @@ class Sampler:
         in_image_B: Tensor,
         uniform_B: Tensor,
     ) -> Tensor:
-        """One token per row. `seen` marks each row's history; `uniform` is in [0, 1)."""
+        """One token per row, int64 [B]. `seen_BV` marks the tokens in each row's history;
+        `uniform_B` has random numbers in [0, 1)."""
         settings = self._image.where(in_image_B, self._text)
         logits_BV = logits_BV.float().masked_fill(~allowed_BV, NEG_INF)
         logits_BV = penalise(logits_BV, seen_BV, settings.penalty_B)
@@ -102,7 +103,7 @@ class Sampler:
 
 
 def can_sample(logits_BV: Tensor) -> Tensor:
-    """Whether a token can be sampled from each row: no NaN, no +inf, and not -inf only."""
+    """For each row, whether a token can be sampled: it has no NaN, no +inf, and not only -inf."""
     # amax is NaN if any entry is.
     return logits_BV.amax(-1).isfinite()
 
@@ -115,7 +116,7 @@ def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
 
 
 def warp(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
-    """Temperature; then top-k, top-p and min-p set columns to -inf, but never all."""
+    """Apply temperature, then top-k, top-p and min-p, which set columns to -inf, but never all."""
     t_B1 = settings.temperature_B.to(logits_BV.dtype)[:, None]
     # Rows of temperature 0 are greedy: the caller takes their argmax.
     logits_BV = logits_BV / torch.where(t_B1 == 0, torch.ones_like(t_B1), t_B1)
@@ -141,7 +142,7 @@ def invert_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A request's random numbers; on the CPU, so that a seed means the same anywhere."""
+    """A request's random numbers; on the CPU, so that a seed gives the same numbers anywhere."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -159,16 +160,16 @@ def _ascending(logits_BV: Tensor) -> Tensor:
 
 def _drop_smallest(logits_BV: Tensor, count_B1: Tensor, ascending_BV: Tensor) -> Tensor:
     """Set the `count` smallest logits of each row to -inf; of equal ones, lower ids first."""
-    least_B1 = ascending_BV.gather(-1, count_B1)
-    kept_BV = logits_BV >= least_B1
+    threshold_B1 = ascending_BV.gather(-1, count_B1)
+    kept_BV = logits_BV >= threshold_B1
     surplus_B1 = kept_BV.sum(-1, keepdim=True) - (logits_BV.shape[-1] - count_B1)
-    equal_BV = logits_BV == least_B1
+    equal_BV = logits_BV == threshold_B1
     kept_BV &= ~(equal_BV & (equal_BV.cumsum(-1) <= surplus_B1))
     return logits_BV.masked_fill(~kept_BV, NEG_INF)
 
 
 def _is_off(values_B: Tensor, off: int) -> bool:
-    """Whether a setting is off in all rows, as far as is known without waiting for the device."""
+    """Whether a setting is off in all rows. False on a GPU, where finding out would wait for it."""
     return values_B.device.type == "cpu" and bool((values_B == off).all())
 
 
@@ -177,14 +178,14 @@ def _top_k(ascending_BV: Tensor, k_B: Tensor) -> Tensor:
         return ascending_BV
     size = ascending_BV.shape[-1]
     k_B = torch.where(k_B == 0, size, k_B).clamp(max=size)
-    least_B1 = ascending_BV.gather(-1, (size - k_B)[:, None])
-    return ascending_BV.masked_fill(ascending_BV < least_B1, NEG_INF)
+    threshold_B1 = ascending_BV.gather(-1, (size - k_B)[:, None])
+    return ascending_BV.masked_fill(ascending_BV < threshold_B1, NEG_INF)
 
 
 def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
     if _is_off(p_B, 1):
         return ascending_BV
-    # From the smallest up: the probabilities cut off sum to at most 1 - p.
+    # From the smallest up: the probabilities of dropped columns sum to at most 1 - p.
     tail_B1 = torch.where(p_B >= 1, -1.0, 1 - p_B).to(ascending_BV.dtype)[:, None]
     dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= tail_B1
     dropped_BV[:, -1] = False
@@ -194,5 +195,5 @@ def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
 def _min_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
     if _is_off(p_B, 0):
         return ascending_BV
-    floor_B1 = ascending_BV[:, -1:] + p_B.log().to(ascending_BV.dtype)[:, None]
-    return ascending_BV.masked_fill(ascending_BV < floor_B1, NEG_INF)
+    threshold_B1 = ascending_BV[:, -1:] + p_B.log().to(ascending_BV.dtype)[:, None]
+    return ascending_BV.masked_fill(ascending_BV < threshold_B1, NEG_INF)

@@ -14,19 +14,20 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 from earlyfusion.errors import SettingError
 
 Output: TypeAlias = Literal["text", "image", "interleaved", "auto"]
-"""What a reply may hold: text, images, or both in the order that the model chooses. "auto" is
+"""What a reply may contain: text, images, or both in an order that the model chooses. "auto" is
 "interleaved", or "text" for a model that cannot generate images."""
 LogitsProcessor: TypeAlias = Callable[[list[int], Any], Any]
-"""(ids, logits) -> logits. `ids` are all tokens so far, prompt included; `logits` are those of the
-next token, fp32 [V] on the model's device."""
+"""(ids, logits) -> logits. `ids` are the tokens of prompt and reply; `logits` are those of the next
+token, fp32 [V] on the model's device."""
 
 JsonSchema: TypeAlias = str | dict[str, Any]
-"""A JSON schema, as its text or as the object."""
+"""A JSON schema, as text or as an object."""
 
 
 @dataclass(frozen=True)
 class _Limit:
-    """Numbers of one type from `low` to `high`; with `zero` also 0, which turns the setting off."""
+    """The possible values of a setting: numbers of one type from `low` to `high`, and with `zero`
+    also 0, which turns the setting off. `remedy` says so in an error message."""
 
     number_type: type
     low: float
@@ -67,20 +68,20 @@ _LIMITS = {
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the sampled token's) to 100"),
 }
-# Settings that are lists of strings, and the most strings of each.
+# Settings that are lists of strings, and the maximum number of strings.
 _MAX_STRINGS = {"stop": 16, "bad_words": 256, "allowed_words": 256}
-_MAX_STRING_LENGTH = 1000  # characters; each step compares the end of the text with all of them
+_MAX_STRING_LENGTH = 1000  # characters; each step compares the text with all strings
 # Fields that constrain all text of a reply; a request may set only one of them.
 _TEXT_CONSTRAINTS = ("json_schema", "regex", "grammar", "allowed_words")
 _MAX_CONSTRAINT_LENGTH = 100_000  # characters
-# Groups of a "chameleon" part of generation_config.json, and the prefix of their settings here.
+# The groups in the "chameleon" part of generation_config.json, and the prefix of their fields here.
 _GROUPS = {"text": "", "image": "image_", "guidance": "guidance_"}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample tokens; None takes the model's own default. Raises `SettingError` for
-    impossible values.
+    """How to sample tokens; None takes the model's default. Raises `SettingError` for impossible
+    values.
 
     `temperature` 0 is greedy: the likeliest token after the repetition penalty, which counts the
     whole history, prompt included. `top_p`, `top_k`, `min_p` and `repetition_penalty` apply to
@@ -224,8 +225,8 @@ class SamplingParams:
         """Fill None fields from a model's `generation_config.json`, then from `meta()`. `defaults`
         is that file's dict, or only its "chameleon" part. Fields that neither sets, such as
         `max_tokens`, `stop` and `seed`, stay None."""
-        given = {k: v for k, v in _values(self).items() if v is not None}
-        return replace(SamplingParams.meta(), **(_flatten_groups(defaults) | given))
+        explicit = {k: v for k, v in _values(self).items() if v is not None}
+        return replace(SamplingParams.meta(), **(_flatten_groups(defaults) | explicit))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -233,7 +234,8 @@ class SamplingParams:
 
 
 class ModalitySettings(NamedTuple):
-    """How one row is sampled in one modality: 0 turns `top_k` and `min_p` off, 1 the others."""
+    """How a row is sampled in one modality. `top_k` and `min_p` are off at 0, `top_p` and `penalty`
+    at 1; `temperature` 0 is greedy."""
 
     temperature: float
     top_k: float
@@ -294,11 +296,11 @@ def _flatten_groups(defaults: Mapping[str, Any]) -> dict[str, Any]:
             f"chameleon={_short_repr(source)} in generation_config.json is not possible: make it "
             "an object of settings"
         )
-    found = dict(source)
+    settings = dict(source)
     for group, prefix in _GROUPS.items():
         if isinstance(source.get(group), Mapping):
-            found |= {prefix + name: value for name, value in source[group].items()}
-    return {k: v for k, v in found.items() if k in _NAMES and v is not None}
+            settings |= {prefix + name: value for name, value in source[group].items()}
+    return {k: v for k, v in settings.items() if k in _NAMES and v is not None}
 
 
 class SamplingFields(TypedDict, total=False):
@@ -340,8 +342,8 @@ def check_names(names: Iterable[str], others: Iterable[str]) -> None:
 
 
 def explicit_values(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a caller has set: those of `sampling`, overridden by those in `by_name`. None
-    sets nothing. Values in `by_name` are checked by `resolve`, not here."""
+    """The values that a caller has set, without None: those of `sampling`, overridden by those in
+    `by_name`, which are checked by `resolve`, not here."""
     if not isinstance(sampling, SamplingParams | None):
         raise SettingError(
             f"sampling is a {type(sampling).__name__}: give SamplingParams or leave it out"
@@ -351,7 +353,7 @@ def explicit_values(sampling: SamplingParams | None, by_name: Mapping[str, Any])
 
 
 def resolve(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams.resolved` for values by name, which are all checked once."""
+    """As `SamplingParams.resolved`, for values by name, which are checked here."""
     return replace(SamplingParams.meta(), **(_flatten_groups(defaults) | dict(values)))
 
 

@@ -1,12 +1,12 @@
 """Words, constraints, logits processors and log-probabilities of one request.
 
-One `Steering` serves one request, in the reference loop and in the engine. It changes the guided
+A `Steering` belongs to one request, in the reference loop and in the engine. It changes the guided
 fp32 logits of the whole vocabulary before the grammar's mask, the repetition penalty and the
 temperature, so it cannot break the grammar. It does not see tokens that the grammar forces (the
 markers of an image, or its beginning if nothing else may come), as these are not sampled.
 
-Words are matched in the bytes of the text, so it does not matter how the tokenizer splits them. A
-new stretch of text begins after each image.
+Words are matched in the bytes of the text, so it does not matter how the tokenizer splits them.
+After each image a new stretch of text begins.
 """
 
 # Shapes: V vocabulary.
@@ -44,13 +44,14 @@ class Steering:
 
     @property
     def only_forbids(self) -> bool:
-        """Whether it only forbids text tokens (`allowed`): codes can then be sampled without it."""
+        """Whether all it does is to forbid text tokens (`allowed`): images can then be sampled
+        without it."""
         return not self._processors and self._num_logprobs is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
-        """The logits to sample from instead of `logits_V`. `ids` are the tokens of prompt and
-        reply; `allowed_V` is the grammar's mask. Raises `SettingError` if a processor fails or no
-        token is left."""
+        """The logits [V] to sample from instead of `logits_V`. `ids` are the tokens of prompt and
+        reply; `allowed_V` is the grammar's mask. Raises `SettingError` if a logits processor fails
+        or no token is left."""
         for processor in self._processors:
             logits_V = _apply_processor(processor, list(ids), logits_V)
         if self._words is not None:
@@ -64,7 +65,7 @@ class Steering:
         return logits_V
 
     def allowed(self, ids: Sequence[int], allowed_V: Tensor) -> Tensor:
-        """The text tokens that may come, of those that the grammar allows: bool [V], same device.
+        """The grammar's mask `allowed_V` without the tokens that words and constraints forbid.
         Raises `SettingError` if none is left."""
         if self._words is not None and (blocked := self._words.blocked(ids)) is not None:
             allowed_V = allowed_V.index_fill(0, blocked.to(allowed_V.device), False)
@@ -88,8 +89,8 @@ class Steering:
         return f"{name} left no possible token after {length:,} tokens: {remedy}"
 
     def logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
-        """The log-probability of a token under the model's own logits [V] for the whole prompt:
-        without guidance or any change. None unless the request asks for `logprobs`."""
+        """The log-probability of a token under the model's logits [V] of the condition "full",
+        without guidance or other changes. None unless the request asks for `logprobs`."""
         if self._num_logprobs is None:
             return None
         logprobs_V = logits_V.float().log_softmax(-1)
@@ -106,7 +107,7 @@ class Steering:
 def _apply_processor(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> Tensor:
     name = getattr(processor, "__name__", type(processor).__name__)
     try:
-        # A processor may write to the logits it gets, and keep them.
+        # A copy: a processor may write to its logits, or keep them.
         after_V = processor(ids, logits_V.clone())
     except Exception as error:
         raise SettingError(
@@ -123,10 +124,10 @@ def _apply_processor(processor: LogitsProcessor, ids: list[int], logits_V: Tenso
 
 
 class Words:
-    """The text tokens that may come, given the words that a request forbids or allows. Only text
-    after the prompt counts. No token may complete a bad word. With allowed words, each stretch of
-    text consists of them, with one space or newline in between and at most one before them. Which
-    tokens may come depends only on the end of the text, so they are cached by it."""
+    """The tokens that the bad and the allowed words of a request forbid; only text after the prompt
+    counts. No token may complete a bad word. With allowed words, each stretch of text consists of
+    them, with one space or newline between two words and at most one before the first. Which tokens
+    are forbidden depends only on the end of the text, so they are cached by it."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
         vocabulary, sampling = processor.vocabulary, request.sampling
@@ -150,20 +151,18 @@ class Words:
         return logits_V.index_fill(0, blocked.to(logits_V.device), -torch.inf)
 
     def blocked(self, ids: Sequence[int]) -> Tensor | None:
-        """The tokens that may not come, on the CPU; None in an image."""
+        """The ids of the tokens that may not come, int64 on the CPU; None in an image."""
         reply = ids[self._prompt :]
         text = self._text(reply)
-        # Within an image no text is sampled.
         if text is None:
             return None
+        unfinished = unfinished_word(text, self._bad)
+        allowed_state = self._rest_of_word(text), bool(text), self._begin in reply
         # The blocked tokens depend on nothing else.
-        begun = unfinished_word(text, self._bad)
-        key = begun, self._rest_of_word(text), bool(text), self._begin in reply
+        key = unfinished, allowed_state
         if key not in self._blocked_by:
-            blocked = torch.tensor(
-                sorted({*self._bad_tokens(key[0]), *self._tokens_outside_words(*key[1:])})
-            )
-            self._blocked_by[key] = blocked.long()
+            blocked = {*self._bad_tokens(unfinished), *self._tokens_outside_words(*allowed_state)}
+            self._blocked_by[key] = torch.tensor(sorted(blocked)).long()
         return self._blocked_by[key]
 
     def _text(self, reply: Sequence[int]) -> bytes | None:
@@ -178,8 +177,8 @@ class Words:
         return b"".join(reversed(pieces))
 
     def _bad_tokens(self, end: bytes) -> Iterator[int]:
-        """The tokens that contain a bad word, or complete one that the text has begun with `end`;
-        some may come twice."""
+        """The tokens that contain a bad word, or complete one of which `end`, the end of the text,
+        is the beginning; some may come twice."""
         yield from self._tokens_with_bad_words
         ends = (end[at:] for at in range(len(end)))
         rests = tuple(w[len(e) :] for e in ends for w in self._bad if w.startswith(e))
@@ -188,7 +187,7 @@ class Words:
 
     @cached_property
     def _tokens_with_bad_words(self) -> list[int]:
-        # By lookups, as there may be 256 words, and 60,000 tokens to compare with each.
+        # By lookups in a set, as there may be 256 words and 60,000 tokens.
         bad, lengths = {*self._bad}, sorted({*map(len, self._bad)})
         return [
             token
@@ -198,15 +197,15 @@ class Words:
         ]
 
     def _rest_of_word(self, text: bytes) -> frozenset[bytes] | None:
-        """The ways to complete the last word of the text, b"" among them if it may be complete;
-        None without allowed words."""
+        """The ways to complete the last word of the text, b"" among them if it may be complete
+        already; None without allowed words."""
         if not self._allowed:
             return None
         return self._rests_after(self._next_words | {*self._allowed}, text)
 
     def _rests_after(self, rests: frozenset[bytes], text: bytes) -> frozenset[bytes]:
-        """What is left of each of these rests after a text, which may go on with other words; empty
-        if the text fits none of them."""
+        """The ways to complete the last word after `text`, which must begin with one of `rests` and
+        may go on with further words; empty if it does not."""
         rests_left: set[bytes] = set()
         # A set of the indices where a word may begin, instead of the ways to split the text into
         # words: with "New", "York" and "New York" their number grows exponentially.
@@ -235,7 +234,7 @@ class Words:
             for size in range(1, min(len(word), self._longest_token) + 1)
         }
         for token, data in self._bytes.items():
-            # Lookups, as there may be 256 words: few tokens go beyond the end of one.
+            # Lookups come first, as there may be 256 words and few tokens go beyond the end of one.
             beyond = any(data[:size] in words for size in range(1, len(data)))
             if not (data in begins or (beyond and self._rests_after(rests, data))):
                 yield token
