@@ -31,7 +31,8 @@ class Elementwise(nn.Module):
 
 
 class XIELU(nn.Module):
-    """A parabola for positive x, an integrated ELU for negative x; both have a learned factor."""
+    """A parabola for positive x and an integrated ELU for negative x, each with a learned
+    factor."""
 
     def __init__(
         self, alpha_p_init: float = 0.8, alpha_n_init: float = 0.8, beta: float = 0.5
@@ -53,7 +54,7 @@ class XIELU(nn.Module):
 
 
 def _inverse_softplus(value: float) -> Tensor:
-    # bf16 as in transformers, so that its checkpoints load to the bit.
+    # bf16 as in transformers, so that its checkpoints load without rounding.
     return torch.tensor([value], dtype=torch.bfloat16).expm1().log()
 
 
@@ -114,7 +115,7 @@ _LEARNED: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "xielu": XIELU}
 
 
 def activation(name: str) -> nn.Module:
-    """The activation of this name; `SettingError` lists the known ones for another name."""
+    """The activation with this name; `SettingError` for an unknown one."""
     if name in _FUNCTIONS:
         return Elementwise(name, _FUNCTIONS[name])
     if name in _LEARNED:

@@ -37,7 +37,8 @@ def dot_product_attention(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Scaled by 1 / sqrt(H). `mask` is True where a query may look; keys may outnumber queries."""
+    """Attention scaled by 1 / sqrt(H). `mask` is True where a query sees a key; there may be more
+    keys than queries. With `causal`, query t sees the keys up to t."""
     out_BNTH = F.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BTKH.transpose(1, 2),
@@ -50,9 +51,9 @@ def dot_product_attention(
 
 
 class CausalAttend:
-    """Every token attends to itself and to those before it, within its document if given.
-    `document_BT` numbers the documents packed into each row; each is one run of tokens.
-    `kernels/fused.py` has a twin for training in bf16 on a CPU."""
+    """Every token attends to itself and to earlier tokens of its document. `document_BT` numbers
+    the documents packed into each row; the tokens of a document are adjacent (None: a row is one
+    document). `kernels/fused.py` has a twin for training in bf16 on a CPU."""
 
     def __init__(self, document_BT: Tensor | None = None) -> None:
         self.document_BT = document_BT
@@ -105,8 +106,8 @@ def attend_per_document(
     q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]
 ) -> Tensor:
     """Causal attention within each document; `lengths` are those of all rows in order."""
-    # On a CPU a call per document is faster than a mask, with which the scores of all pairs of
-    # tokens in a row are computed.
+    # On a CPU a call per document is faster than one call with a mask, which would compute the
+    # scores of all pairs of tokens in a row.
     rows = (x.to(v_BTKH.dtype).flatten(0, 1)[None] for x in (q_BTNH, k_BTKH, v_BTKH))
     documents = zip(*(torch.split(row, lengths, 1) for row in rows), strict=True)
     with torch.autocast("cpu", enabled=False):
@@ -144,9 +145,9 @@ class VarlenAttend:
 
 @cache
 def varlen_kernel(device_type: str) -> VarlenKernel | None:
-    """torch's attention for concatenated documents; None if it does not work here. Its arguments
-    differ between versions and some devices lack the kernels, so once per process its values and
-    gradients are compared with those of masked attention."""
+    """torch's attention for concatenated documents; None if it does not work on this machine. Its
+    arguments differ between versions of torch and some devices lack the kernels, so its values and
+    gradients are compared with those of masked attention, once per process."""
     if device_type != "cuda":
         return None
     for grouped in (True, False):
@@ -160,8 +161,8 @@ def varlen_kernel(device_type: str) -> VarlenKernel | None:
 
 
 def _causal_varlen_kernel(grouped: bool = True) -> VarlenKernel:
-    """torch's kernel. With `grouped`, the kernel itself shares a key head among query heads;
-    without, keys and values are repeated before the call."""
+    """torch's kernel. With `grouped`, it gets fewer key heads than query heads if torch's version
+    can; otherwise keys and values are repeated before the call."""
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = inspect.signature(varlen_attn).parameters
@@ -194,8 +195,8 @@ def _causal_varlen_kernel(grouped: bool = True) -> VarlenKernel:
 
 
 class FlexAttend:
-    """Attention within documents by flex attention, in any dtype. Blocks of keys that no query of a
-    block sees are skipped, and no mask over tokens is allocated."""
+    """Attention within documents by flex attention, in any dtype. It skips blocks of keys that no
+    query of a block sees, and needs no mask over tokens."""
 
     def __init__(self, document_BT: Tensor, flex: Callable[..., Tensor]) -> None:
         self.blocks, self._flex = document_block_mask(document_BT), flex
@@ -243,14 +244,14 @@ def document_block_mask(document_BT: Tensor, size: int = 128) -> BlockMask:
 
 
 def _kv_block_lists(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Per block of queries, the number of visible blocks of keys, and the indices of all blocks of
-    keys, the visible ones first."""
+    """For each block of queries, the number of visible blocks of keys, and the indices of all
+    blocks of keys, visible ones first."""
     indices = visible.int().argsort(dim=-1, descending=True, stable=True)
     return visible.sum(-1).int(), indices.int()
 
 
 def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -> bool:
-    """Whether this attention has the values and gradients of masked attention, in bf16."""
+    """Whether this attention and masked attention have equal values and gradients, to bf16."""
     document_BT = torch.tensor([[0] * 40 + [1] * 24, [0] * 3 + [1] * 61], device=device)
     heads = [torch.randn(2, 64, n, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
     results = []
@@ -273,7 +274,7 @@ def _cu_seqlens(document_BT: Tensor) -> Tensor:
     documents of 32 tokens on average; if there are more documents, it is doubled until they fit.
     """
     starts_S = _document_starts(document_BT).flatten()
-    # An empty document costs the kernel little, but an entry for every token would be too many.
+    # The kernel handles empty documents fast, but one per token would be too many.
     count = int(starts_S.sum())
     capacity = -(-max(1, len(starts_S) // 32) // 128) * 128  # rounded up to a multiple of 128
     while capacity <= count:
@@ -284,7 +285,7 @@ def _cu_seqlens(document_BT: Tensor) -> Tensor:
 
 
 def _document_starts(document_BT: Tensor) -> Tensor:
-    """Whether a document begins at each token; one begins at the first token of a row."""
+    """bool [B, T], True where a document begins, as at the first token of each row."""
     starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
     starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     return starts_BT

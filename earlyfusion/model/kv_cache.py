@@ -1,5 +1,5 @@
-"""Keys and values of past tokens, preallocated: a slot per sequence, each with its own length. Keys
-are stored after norm and rotation. The caller knows how many tokens each slot holds."""
+"""Keys and values of past tokens, preallocated: a slot per sequence. Keys are stored after norm and
+rotation. The caller keeps track of the number of tokens in each slot."""
 
 # Shapes: L layers, S slots, B rows of one call, T their new tokens, P positions of a slot, N query
 # heads, K key and value heads, H head width.
@@ -36,9 +36,10 @@ class KVCache:
     def attends(
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None = None
     ) -> list[Attend]:
-        """An `Attend` per layer, which stores the new tokens after `lengths_B` and attends to all.
-        Shorter rows are padded on the right, with False in `valid_BT`; padding is not stored.
-        Raises `ContextError` if a row outgrows its slot."""
+        """An `Attend` per layer. It stores the new tokens in slots `slots_B`, which hold
+        `lengths_B` tokens, and attends to old and new ones. Shorter rows are padded on the right,
+        with False in `valid_BT`; padding is not stored. Raises `ContextError` if a row outgrows its
+        slot."""
         call = _CacheCall(slots_B, lengths_B, valid_BT, self.length)
         return [
             _CachedAttend(k_SPKH, v_SPKH, call)
@@ -55,8 +56,8 @@ def dtype_and_device(transformer: nn.Module) -> tuple[torch.dtype, torch.device]
 
 
 class _CacheCall:
-    """The slots that one call of the model reads and writes, and their lengths before it. All
-    layers share its metadata."""
+    """The slots that one call of the model reads and writes, and their lengths before the call. Its
+    metadata are computed once for all layers."""
 
     def __init__(
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None, limit: int
@@ -72,7 +73,7 @@ class _CacheCall:
         return self._metadata[new]
 
     def _build(self, new: int) -> _AttentionMetadata:
-        known, added = self.lengths_B.tolist(), [new] * len(self.lengths_B)
+        lengths, added = self.lengths_B.tolist(), [new] * len(self.lengths_B)
         positions_BT = self.lengths_B[:, None] + torch.arange(new, device=self.lengths_B.device)
         sources: tuple[Tensor, ...] | EllipsisType = ...
         targets = (self.slots_B[:, None], positions_BT)
@@ -80,14 +81,14 @@ class _CacheCall:
             added = self.valid_BT.sum(1).tolist()
             sources = self.valid_BT.nonzero(as_tuple=True)
             targets = (self.slots_B[sources[0]], positions_BT[sources])
-        end = max(k + a for k, a in zip(known, added, strict=True))
+        end = max(old + more for old, more in zip(lengths, added, strict=True))
         if end > self.limit:
             raise ContextError(
                 f"{end} tokens do not fit into the context of {self.limit}: shorten the prompt"
             )
         # Two cases need no mask: all rows begin at 0, or all add one token at the same position.
-        from_start = not any(known) and end == new
-        same_length = new == 1 and set(known) == {end - 1}
+        from_start = not any(lengths) and end == new
+        same_length = new == 1 and set(lengths) == {end - 1}
         mask = None
         if not from_start and not same_length:
             seen_BTP = torch.arange(end, device=positions_BT.device) <= positions_BT[..., None]
@@ -99,15 +100,15 @@ class _AttentionMetadata(NamedTuple):
     """Where the tokens of one call are stored and what they see."""
 
     sources: tuple[Tensor, ...] | EllipsisType  # (row, token) without padding
-    targets: tuple[Tensor, Tensor]  # slot and position of each
+    targets: tuple[Tensor, Tensor]  # slot and position of each source
     slots: Tensor | slice
-    end: int  # attention sees the positions before it
+    end: int  # attention sees positions [0, end)
     mask: Tensor | None  # [B, 1, T, end], True where a token may attend
     causal: bool
 
 
 def _as_slice(slots_B: Tensor) -> Tensor | slice:
-    # A slice of consecutive slots is read in place; an index would copy them.
+    # Consecutive slots as a slice, which is a view; indexing with a tensor would copy them.
     first, count = int(slots_B[0]), len(slots_B)
     consecutive = slots_B.tolist() == list(range(first, first + count))
     return slice(first, first + count) if consecutive else slots_B

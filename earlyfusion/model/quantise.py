@@ -1,8 +1,8 @@
 """Weights in fewer bits: 16 (bf16), 8 (an fp32 scale per row) or 4 (a bf16 scale per 32 columns).
 
-Symmetric, rounded to nearest, each matrix by itself, without calibration data. Rows are padded to
-multiples of 4 and columns to multiples of 64 for the compiled step (`kernels/cpu_step.py`). Shapes:
-O rows and I columns of a matrix, both padded in `data`.
+Symmetric, rounded to nearest, without calibration data. Rows are padded to multiples of 4 and
+columns to multiples of 64 for the compiled step (`kernels/cpu_step.py`). Shapes: O rows and I
+columns of a matrix, both padded in `data`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _DENSE_DTYPES = {32: torch.float32, 16: torch.bfloat16}
 
 
 class PackedMatrix(NamedTuple):
-    """A weight matrix in the compiled step's layout; `rows` and `columns` do not count padding. At
-    4 bits a byte holds two columns: 32 bytes have columns 0 to 31 of a group of 64 in the low
-    nibbles, 32 to 63 in the high ones, as levels plus 8."""
+    """A weight matrix in the compiled step's layout; `rows` and `columns` do not count padding.
+    With 4 bits, 32 bytes hold a group of 64 columns as levels plus 8: columns 0 to 31 in the low
+    nibbles, 32 to 63 in the high ones."""
 
     data: Tensor
     scales: Tensor | None
@@ -76,12 +76,13 @@ def _int8(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels -8 to 7, all in use: the entry of largest absolute value always gets -8."""
+    """Levels -8 to 7. The sign of the scale is such that a group's entry of largest absolute value
+    gets level -8."""
     groups = full.unflatten(1, (-1, 32))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scales = (largest / -8).bfloat16()
-    # Divide by the scale as it is stored, in bf16. An entry of nearly the largest size but the
-    # opposite sign would become level 8, which does not exist.
+    # Divided by the rounded scale, as `unpack` multiplies by it. Without the clamp, an entry of
+    # about the largest absolute value but the opposite sign would get level 8.
     levels = (groups / torch.where(scales == 0, 1.0, scales.float())).round().clamp(-8, 7) + 8
     low, high = levels.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
     return (low | high << 4).flatten(1).contiguous(), scales[..., 0].contiguous()

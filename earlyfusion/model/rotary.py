@@ -24,7 +24,8 @@ from earlyfusion.errors import SettingError
 
 
 class Rotary(NamedTuple):
-    """Tables of one forward, in fp32: (B or 1, T, 1, H); the sine's first half is negated."""
+    """Cosines and sines of one forward pass, fp32 (B or 1, T, 1, H). The first half of the sines is
+    negated, as `rotate` needs it."""
 
     cos: Tensor
     sin: Tensor
@@ -37,8 +38,8 @@ def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
-    """Cosines and sines of every position and pair, in fp32. Types that depend on a row's length
-    take its largest position plus one."""
+    """Cosines and sines of every position and pair, in fp32. The length of a row, on which some
+    types depend, is its largest position plus one."""
     lengths_B11 = positions_BT.amax(1)[:, None, None] + 1 if is_dynamic(config) else None
     frequencies = rotary_frequencies(config, positions_BT.device, lengths_B11)
     angles = (positions_BT.float()[:, :, None] * frequencies)[:, :, None]
@@ -50,13 +51,14 @@ def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
 def rotary_frequencies(
     config: ModelConfig, device: torch.device, length: Tensor | None = None
 ) -> Tensor:
-    """Radians per position of each of the H/2 pairs, in fp32. `length` counts the tokens of a
-    sequence, any shape ending in 1 (None: the trained length)."""
+    """Radians per position for each of the H/2 pairs, in fp32. `length` is the number of tokens of
+    each sequence, of any shape ending in 1 (None: the trained length)."""
     return _FREQUENCIES[config.rope_type](config, config.rope_scaling or {}, device, length)
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """The factor by which cosines and sines grow, which keeps attention sharp in long contexts."""
+    """The factor of cosines and sines, which keeps attention sharp in long contexts (yarn,
+    longrope; else 1)."""
     scaling = config.rope_scaling or {}
     if config.rope_type not in ("yarn", "longrope"):
         return 1.0
@@ -165,8 +167,8 @@ def _llama3(
 def _yarn(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    """Like llama3, but interpolated linearly over the index of the pair. The limits are the pairs
-    that make `beta_fast` and `beta_slow` turns within the trained length."""
+    """Like llama3, but interpolated linearly over the index of the pair, between the pairs that
+    make `beta_fast` and `beta_slow` turns within the trained length."""
     frequencies = _default(config, scaling, device, length)
     first = _pair_with_turns(config, scaling.get("beta_fast") or 32)
     last = _pair_with_turns(config, scaling.get("beta_slow") or 1)
@@ -175,8 +177,8 @@ def _yarn(
     first, last = max(first, 0), min(last, config.head_dim - 1)
     last += 0.001 if first == last else 0.0  # no division by zero
     pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=device)
-    share = ((pairs - first) / (last - first)).clamp(0.0, 1.0)  # of the divided frequency
-    return frequencies / _context_factor(config, scaling) * share + frequencies * (1.0 - share)
+    divided = ((pairs - first) / (last - first)).clamp(0.0, 1.0)  # share of the divided frequency
+    return frequencies / _context_factor(config, scaling) * divided + frequencies * (1.0 - divided)
 
 
 def _longrope(
@@ -220,10 +222,10 @@ def _trained_length(config: ModelConfig) -> int:
 
 def _context_factor(config: ModelConfig, scaling: dict[str, Any]) -> float:
     """How many times longer than the trained context the model's context is."""
-    given = scaling.get("factor")
-    return (
-        config.max_position_embeddings / _trained_length(config) if given is None else float(given)
-    )
+    factor = scaling.get("factor")
+    if factor is not None:
+        return float(factor)
+    return config.max_position_embeddings / _trained_length(config)
 
 
 def _pair_with_turns(config: ModelConfig, turns: float) -> float:

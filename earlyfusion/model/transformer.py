@@ -5,16 +5,16 @@ Choices, with the section of the paper (arXiv 2405.09818):
 - text and image tokens share embedding, layers and head; nothing here knows which is which (2);
 - Llama-2's block: RMSNorm, rotary positions, SwiGLU, no biases; grouped keys in the 34B (2.3);
 - QK-norm: a LayerNorm with weight and bias over each head's queries and keys, before rotation, so
-  that the modalities cannot drive each other's norms out of the range of bf16 (2.3);
-- with `swin_norm` attention and feed-forward are normed at their output instead of their input, as
-  in the 34B (2.3);
+  that competing modalities cannot make norms grow beyond the range of bf16 (2.3);
+- with `swin_norm` the norms come after attention and feed-forward instead of before them, as in the
+  34B (2.3);
 - the feed-forward's gate is SiLU; a config may name another of transformers' activations;
 - dropout after attention and after feed-forward, 0.1 in the 7B, none in the 34B (2.3);
 - norms and rotation are computed in fp32 and rounded once, as Meta's kernels do.
 
-Parameter names are transformers'. Attention is passed in, one `Attend` per layer, so layers know
-neither their number nor a cache or a mask. The forward returns plain logits: the grammar decides
-which token may come next.
+Parameter names are transformers'. Attention is passed in, one `Attend` per layer, so a layer does
+not know its index, nor a cache or a mask. The forward pass returns plain logits: which tokens may
+come next is the grammar's business.
 """
 
 # Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
@@ -36,8 +36,8 @@ from earlyfusion.model.rotary import Rotary, check_rope, rotary_tables, rotate
 
 
 class RMSNorm(nn.Module):
-    """Computed in fp32, returned in the input's dtype. `kernels/fused.py` has a faster version for
-    training on a CPU."""
+    """RMSNorm in fp32, returned in the input's dtype. `kernels/fused.py` has a twin for training on
+    a CPU."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ HEAD_NORM_EPS = 1e-5  # configs do not set it
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over H in fp32, with a weight and bias per head."""
+    """LayerNorm over the width H of each head, in fp32, with a weight and bias per head."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -154,13 +154,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm. `forward` takes embedded tokens, so that callers may pass
-    embeddings of their own."""
+    """Embedding, blocks and final norm. `forward` takes embedded tokens, so callers may pass other
+    embeddings."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         weight_VD = torch.empty(config.vocab_size, config.hidden_size)
-        # Drawing random numbers for a meta tensor would make torch load its compiler.
+        # `normal_` of a meta tensor would make torch load its compiler.
         weight_VD = weight_VD if weight_VD.is_meta else weight_VD.normal_()
         self.embed_tokens = nn.Embedding.from_pretrained(weight_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers))
@@ -194,9 +194,8 @@ class Transformer(nn.Module):
         attends: Sequence[Attend] | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V), or (B, 1, V) with `last_only`, in the dtype of the computation. By
-        default positions count from 0, and attention is causal; `attends` has one entry per layer.
-        """
+        """Logits (B, T, V), or (B, 1, V) with `last_only`. By default positions count from 0 and
+        attention is causal; `attends` has one entry per layer."""
         x_BTD = self.hidden_states(tokens_BT, positions_BT, attends)
         logits_BTV: Tensor = self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
         return logits_BTV
@@ -222,7 +221,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw matrices from N(0, initializer_range); norms start as the identity."""
+        """Draw matrices from N(0, initializer_range^2); norms start with weight 1 and bias 0."""
         init_weights(self.named_parameters(), self.config, generator)
 
 
@@ -245,12 +244,12 @@ def init_weights(
 
 
 def _to_autocast(x: Tensor) -> Tensor:
-    # Autocast would cast the same activation once for every projection that reads it.
+    # Cast once here: autocast would cast it again for every projection.
     return x.to(autocast_dtype(x))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast gives `x`, or its own without autocast."""
+    """The dtype to which autocast casts `x`; that of `x` without autocast."""
     device_type = x.device.type
     # Meta tensors, which only carry shapes, do not support autocast.
     on = not x.is_meta and torch.is_autocast_enabled(device_type)

@@ -4,12 +4,12 @@ Choices that let released weights load without translation:
 - parameter names are those of the original checkpoints (`encoder.down.0.block.0.conv1.weight`);
 - group norm with 32 groups and eps 1e-6, swish, nearest-neighbour upsampling, and a downsampling
   convolution that pads one pixel on the right and at the bottom only;
-- with `attn_type` "vanilla" the middle has an attention block, and so has each block of the levels
-  whose side `attn_resolutions` lists; with any other type there is none;
-- the decoder ends without an activation: pixels are meant for [-1, 1] and clamped by the caller.
+- with `attn_type` "vanilla" there is attention in the middle, and after each block of the levels
+  whose side is in `attn_resolutions`; with any other type there is none;
+- the decoder ends without an activation: pixels are in about [-1, 1], and the caller clamps them.
 
-`kernels/vqgan.py` has faster twins of these modules for inference on a CPU. Height and width are
-any multiples of the stride.
+Height and width may be any multiples of the stride. `kernels/vqgan.py` has twins of these modules
+for inference on a CPU.
 """
 
 # Shapes: B batch, C channels, Y X height and width in pixels, y x in codes, K codebook size, N
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, ImageError
 
-# Scores that the codebook search computes at a time: 4 MB in fp32 on a CPU; 256 MB on a GPU, where
-# fewer and larger launches are faster.
+# Number of scores that the codebook search computes at a time: 4 MB in fp32 on a CPU; 256 MB on a
+# GPU, where fewer and larger launches are faster.
 _SEARCH_ELEMENTS, _SEARCH_ELEMENTS_GPU = 1 << 20, 1 << 26
 
 
@@ -140,7 +140,7 @@ def _has_attention(config: VQConfig) -> bool:
 
 
 def _attends(config: VQConfig, side: int) -> bool:
-    """Whether the blocks of a level with maps of this side have attention."""
+    """Whether the blocks of a level whose feature maps have this side are followed by attention."""
     return _has_attention(config) and side in config.attn_resolutions
 
 
@@ -212,14 +212,14 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        self.beta = 0.25  # weight of the codebook's loss
+        self.beta = 0.25  # weight of the codebook loss
         codewords = torch.empty(config.num_embeddings, config.embed_dim)
-        # Drawing random numbers for a meta tensor would make torch load its compiler.
+        # `normal_` of a meta tensor would make torch load its compiler.
         codewords = codewords if codewords.is_meta else codewords.normal_()
         self.embedding = nn.Embedding.from_pretrained(codewords, freeze=False)
 
     def search(self, vectors_NC: Tensor) -> Tensor:
-        """Nearest codeword of each vector, int64 [N]; the first one on ties."""
+        """The code of each vector's nearest codeword, int64 [N]; the first one on ties."""
         weight_KC = self.embedding.weight
         # |v - w|^2 / 2 = |v|^2 / 2 - v w + |w|^2 / 2; the first term is the same for all codewords.
         half_norm_K = weight_KC.square().sum(1) / 2
@@ -230,7 +230,7 @@ class Quantizer(nn.Module):
         return torch.cat([score.argmin(1) for score in scores])
 
     def codes(self, latents_BCyx: Tensor) -> Tensor:
-        """Nearest codeword of each latent, int64 [B, y, x]."""
+        """The code of each latent's nearest codeword, int64 [B, y, x]."""
         b, c, y, x = latents_BCyx.shape
         return self.search(latents_BCyx.permute(0, 2, 3, 1).reshape(-1, c)).view(b, y, x)
 
@@ -250,7 +250,7 @@ class Quantizer(nn.Module):
 
 
 class Quantized(NamedTuple):
-    """One pass of training: `latents` before the codebook, `nearest` their codewords."""
+    """A training pass: reconstructed pixels, latents, their nearest codewords, and codes."""
 
     pixels: Tensor
     latents: Tensor
@@ -320,7 +320,8 @@ class VQGAN(nn.Module):
         The decoder reads latents moved by the share `blend` towards their codewords: 0 bypasses the
         codebook, 1 uses codewords only."""
         latents = self.latents(pixels_BCYX)
-        with torch.autocast(latents.device.type, enabled=False):  # bf16 might miss the nearest
+        # In fp32: the nearest codeword in bf16 may be another one.
+        with torch.autocast(latents.device.type, enabled=False):
             codes = self.nearest_codes(latents.detach().float())
         nearest = self.embed(codes)
         straight_through = latents + blend * (nearest - latents).detach()
