@@ -1,12 +1,12 @@
-"""One thread runs the engine; coroutines receive its events. In the server's process, only this
-file uses the engine.
+"""One thread drives the engine; coroutines on the event loop receive its events. In the server's
+process, only this file uses the engine.
 
 A `Batch` holds the requests of one HTTP request (`n` choices are `n` requests) and one queue of
 their events. The thread adds requests to the engine and steps it while there is work. It posts the
 events of each step to the event loop in one call, so the loop never waits for the engine. If the
 engine runs in another process, that process steps: the loop reads its messages, and the thread only
 sends requests and restarts the process. The loop passes the events on to a few replies at a time,
-so that a step of many replies keeps no other client waiting.
+so that a step with many replies does not make other clients wait.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from earlyfusion.serve.process import (
 log = logging.getLogger("earlyfusion.serve")
 
 IDLE_SECONDS = 1.0  # between two heartbeats of an idle driver
-REPLIES_AT_ONCE = 8  # that get their events before the event loop reads its sockets again
-MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process
+REPLIES_AT_ONCE = 8  # replies that get their events before the event loop reads its sockets again
+MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process, at most
 _NOT_STARTED = (
     "the engine's process has ended and does not start again, which is tried every half minute: "
     "the server's log says why"
@@ -61,12 +61,12 @@ class QueueFullError(Exception):
 
 
 class NotReadyError(Exception):
-    """The server is starting or shutting down, or its engine does not start again, which the
-    message then says."""
+    """The server is starting or shutting down. If its engine does not start again, the message says
+    so."""
 
 
 class EngineFailedError(Exception):
-    """A step of the engine failed; every request in it ended."""
+    """A step of the engine failed, which ended every request in it."""
 
 
 class RequestTimeoutError(Exception):
@@ -75,7 +75,7 @@ class RequestTimeoutError(Exception):
 
 @dataclass(eq=False)
 class _Job:
-    """Request number `index` of a batch, and its handle once the engine has it."""
+    """Request number `index` of a batch, and its handle once it is in the engine."""
 
     request: Request
     index: int
@@ -87,7 +87,7 @@ class _Job:
 
 @dataclass
 class _JobUpdate:
-    """The events of one step for one job, or the error that ended it."""
+    """New events of a job, and the error that ended it, if any."""
 
     job: _Job
     events: list[Event] = field(default_factory=list)
@@ -95,16 +95,14 @@ class _JobUpdate:
 
 
 class Batch:
-    """The requests of one HTTP request, which take room in the queue from admission to `close`.
-
-    All methods run on the event loop.
-    """
+    """The requests of one HTTP request. They take room in the queue from admission to `close`. All
+    methods run on the event loop."""
 
     def __init__(self, driver: Driver, num_requests: int) -> None:
         self.num_requests, self.admitted_at = num_requests, monotonic()
         self.requests: list[Request] = []
         self.cancelled = False
-        # For metrics.py: whether there was any output, and when each request's last image began.
+        # For metrics.py: whether there was any output, and when each request's newest image began.
         self.has_output, self.image_started_at = False, dict[int, float]()
         self._driver, self._num_unfinished = driver, 0
         self._pending: list[tuple[int, Event]] = []
@@ -115,11 +113,11 @@ class Batch:
 
     @property
     def can_continue(self) -> bool:
-        """Whether `groups` can continue without waiting for the engine."""
+        """Whether `groups` can continue without waiting for further events."""
         return bool(self._pending) or self._num_unfinished == 0
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Hand the requests to the engine. Raises an `EarlyFusionError` if one can never run."""
+        """Pass the requests to the engine. Raises an `EarlyFusionError` if one can never run."""
         for request in requests:
             self._driver.engine.check(request)
         self.requests, self._num_unfinished = list(requests), len(requests)
@@ -138,10 +136,11 @@ class Batch:
     async def groups(
         self, idle_seconds: float | None = None, timeout: float | None = None
     ) -> AsyncIterator[Sequence[tuple[int, Event]] | None]:
-        """All events since the last group, each with the index of its request; None after
-        `idle_seconds` without events.
+        """Groups of events, each with the index of its request; None after `idle_seconds` without
+        events. A group holds all events since the last one.
 
-        Raises the error that ended a request, or `RequestTimeoutError` after `timeout` seconds.
+        Raises the error that ended a request, or `RequestTimeoutError` after `timeout` seconds,
+        counted from admission.
         """
         end = None if timeout is None else self.admitted_at + timeout
         while self._num_unfinished:
@@ -154,8 +153,8 @@ class Batch:
                 self._error = RequestTimeoutError()
             if self._error is not None:
                 raise self._error
-            left = None if end is None else end - monotonic()
-            if not await self._wait_for_events(_minimum(idle_seconds, left)):
+            seconds_left = None if end is None else end - monotonic()
+            if not await self._wait_for_events(_minimum(idle_seconds, seconds_left)):
                 yield None
 
     async def collect(self, timeout: float | None = None) -> list[list[Event]]:
@@ -167,7 +166,7 @@ class Batch:
         return replies
 
     def close(self) -> None:
-        """Free the room in the queue, and cancel the requests that still run. May be called
+        """Give the room in the queue back, and cancel the requests that still run. May be called
         twice."""
         if not self.cancelled:
             self.cancelled = True
@@ -179,7 +178,7 @@ class Batch:
                 self._driver.on_cancel(self)
 
     def receive(self, update: _JobUpdate) -> None:
-        """Add the events of a step, or the error that ended a request."""
+        """Add new events of a request, or the error that ended it."""
         self._pending += [(update.job.index, event) for event in update.events]
         self._error = self._error or update.error
         self._wake(True)
@@ -190,7 +189,8 @@ class Batch:
         self._wake(True)
 
     async def _wait_for_events(self, seconds: float | None) -> bool:
-        """Whether events or an error arrive within `seconds`; None waits without limit."""
+        """Wait for events or an error; returns whether any came within `seconds` (None: no
+        limit)."""
         if self._pending or self._error is not None:
             return True
         loop = asyncio.get_running_loop()
@@ -205,7 +205,7 @@ class Batch:
             self._waiter = None
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
-        # One timer serves many waits, since most end long before it. A timer per wait would take as
+        # One timer for many waits, most of which end long before it. A timer per wait would take as
         # long as handling the event.
         if self._timer is not None:
             self._timer.cancel()
@@ -229,10 +229,10 @@ OnEvent: TypeAlias = Callable[[Batch, int, Event], None]
 
 
 class Driver:
-    """The thread that steps the engine of a model, and the queue before it.
+    """The thread that drives the engine of a model, and the queue of requests before it.
 
-    At most `max_queue` requests wait beside those that run. With `remote` the engine runs in
-    another process, which is restarted whenever it ends; without, it is the model's engine.
+    At most `max_queue` requests wait, in addition to those that run. With `remote` the engine runs
+    in another process, which is restarted whenever it ends. Without, it is `model.engine`.
     """
 
     def __init__(
@@ -246,15 +246,17 @@ class Driver:
         self.on_event: OnEvent = lambda batch, index, event: None
         self.on_cancel: Callable[[Batch], None] = lambda batch: None
         self._num_admitted = 0
-        self._batches: dict[Batch, None] = {}  # admitted and not closed, oldest first
+        self._batches: dict[
+            Batch, None
+        ] = {}  # admitted and not closed; an ordered set, oldest first
         self._mean_seconds = 1.0  # moving mean of the time from admission to `close`
-        self._undelivered: dict[_Job, _JobUpdate] = {}  # updates that no reply has yet
+        self._undelivered: dict[_Job, _JobUpdate] = {}  # updates that their batch does not have yet
         self._inbox: list[_Job] = []
         self._jobs: list[_Job] = []
         self._wake = Condition()
         self._stopping = False
         self._heartbeat = monotonic()
-        self._notified = False  # whether `_notify` was called since the thread last looked
+        self._notified = False  # whether `_notify` was called since the thread last checked
         self._failure = ""  # why the engine's process must be restarted
         self._socket: int | None = None  # file descriptor that the event loop watches
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -272,12 +274,12 @@ class Driver:
 
     @property
     def running(self) -> int:
-        """Requests that generate tokens."""
+        """The number of requests that generate tokens."""
         return sum(job.has_tokens and not job.ended for job in list(self._jobs))
 
     @property
     def waiting(self) -> int:
-        """Admitted requests that have no token yet."""
+        """The number of admitted requests that have no token yet."""
         return max(self._num_admitted - self.running, 0)
 
     @property
@@ -291,7 +293,7 @@ class Driver:
 
     @property
     def silent_seconds(self) -> float:
-        """Seconds since the thread last made a step, or found nothing to do."""
+        """Seconds since the engine last finished a step or had nothing to do."""
         return monotonic() - self._heartbeat
 
     @property
@@ -305,8 +307,8 @@ class Driver:
         return int(self.ready and not self.draining)
 
     def set_callbacks(self, on_event: OnEvent, on_cancel: Callable[[Batch], None]) -> None:
-        """On the event loop, call `on_event` with each event that arrives and the index of its
-        request in the batch, and `on_cancel` when a client leaves early."""
+        """Set what is called on the event loop: `on_event(batch, index, event)` for each event of
+        request number `index`, and `on_cancel(batch)` when a client leaves early."""
         self.on_event, self.on_cancel = on_event, on_cancel
 
     def start(self) -> None:
@@ -318,7 +320,7 @@ class Driver:
         self._thread.start()
 
     async def warm_up(self) -> None:
-        """Answer one request, so that the first client does not wait for what is built once."""
+        """Answer one request, so that the first client does not wait for caches to be built."""
         batch = self.admit(1, warming=True)
         try:
             request = await asyncio.to_thread(
@@ -331,10 +333,9 @@ class Driver:
         self.ready = True
 
     def admit(self, count: int, warming: bool = False) -> Batch:
-        """Reserve room for requests, before the work of reading their prompt.
-
-        Raises `QueueFullError` or `NotReadyError`.
-        """
+        """Reserve room for `count` requests, before the work of reading their prompt. With
+        `warming`, also while the driver is not ready. Raises `QueueFullError` or
+        `NotReadyError`."""
         self.check_room(count, warming)
         self._num_admitted += count
         batch = Batch(self, count)
@@ -358,13 +359,13 @@ class Driver:
         return seconds * uniform(0.5, 1.5)
 
     def enqueue(self, jobs: list[_Job]) -> None:
-        """Have the thread add these requests to the engine."""
+        """Let the thread add these requests to the engine."""
         with self._wake:
             self._inbox += jobs
             self._notify()
 
     def release(self, batch: Batch, unfinished: bool) -> None:
-        """Free the room of a batch; the thread cancels what is `unfinished`."""
+        """Give the room of a batch back. If it is `unfinished`, the thread cancels its requests."""
         self._num_admitted -= batch.num_requests
         del self._batches[batch]
         self._mean_seconds += 0.2 * (monotonic() - batch.admitted_at - self._mean_seconds)
@@ -373,7 +374,7 @@ class Driver:
                 self._notify()
 
     def abort(self) -> None:
-        """End all requests with `NotReadyError`; called on the event loop."""
+        """End all requests with `NotReadyError`. Called on the event loop."""
         self.draining = True
         for batch in self._batches:
             batch.fail(NotReadyError())
@@ -486,7 +487,7 @@ class Driver:
             self._jobs = [job for job in self._jobs if not job.ended]
 
     def _await_work(self) -> bool:
-        """Wait until there is something to do; False if the thread must end."""
+        """Wait for work; returns False if the thread must end."""
         if self.remote is None:
             self._await_jobs()
         else:
@@ -500,8 +501,8 @@ class Driver:
                 self._wake.wait(IDLE_SECONDS)
 
     def _await_commands(self, remote: RemoteEngine) -> None:
-        """Wait up to `IDLE_SECONDS` until there is something to send. Restarts an engine's process
-        that has ended or is stuck."""
+        """Wait up to `IDLE_SECONDS` until there is something to send. Restarts the engine's process
+        if it has ended or is stuck."""
         with self._wake:
             if not (self._inbox or self._notified or self._stopping or self._failure):
                 self._wake.wait(IDLE_SECONDS)
@@ -519,8 +520,8 @@ class Driver:
             self._restart()
 
     def _restart(self) -> None:
-        """Restart the engine's process, with growing pauses until it starts; nothing is admitted
-        meanwhile."""
+        """Restart the engine's process; if it does not start, try again after growing pauses.
+        Nothing is admitted meanwhile."""
         assert self.remote is not None
         self.ready, pause = False, 1.0
         self._run_on_loop(self._stop_listening)
@@ -535,7 +536,8 @@ class Driver:
                 if models_differ(self.model, info.model):
                     start_error = _CHANGED
                     raise CheckpointError(start_error)
-                # Keep the model: the image tokenizer is here already, with an open file per tensor.
+                # Keep this process's model: its image tokenizer is loaded, with an open file per
+                # tensor.
                 self.remote.info = replace(info, model=self.model)
             except Exception:
                 self.start_error = start_error
@@ -550,7 +552,7 @@ class Driver:
                 return
 
     def _sleep(self, seconds: float) -> None:
-        """Wait; return early if the thread must end."""
+        """Wait `seconds`, or less if the thread must end."""
         with self._wake:
             self._wake.wait_for(lambda: self._stopping, seconds)
 
@@ -603,7 +605,7 @@ class Driver:
         self._jobs = []
 
     def _take_update(self, job: _Job) -> _JobUpdate | None:
-        """The events of a job since the last call, if there are any."""
+        """The events of a job since the last call, and its error; None if there are neither."""
         handle = job.handle
         assert handle is not None
         # Read `ended` before the events, as another thread may step the engine too.
@@ -629,21 +631,22 @@ class Driver:
             earlier = self._undelivered.get(update.job)
             if earlier is None:
                 self._undelivered[update.job] = update
-            else:  # not delivered yet: deliver both together
+            else:  # deliver both together
                 earlier.events += update.events
                 earlier.error = earlier.error or update.error
         if idle:
             self._deliver()
 
     def _deliver(self) -> None:
-        """Pass updates to a few replies, to the others after the loop has read its sockets."""
+        """Pass on the updates of a few replies now, the others after the loop has read its
+        sockets."""
         for job in [*islice(self._undelivered, REPLIES_AT_ONCE)]:
             update = self._undelivered.pop(job)
             if not job.batch.cancelled:
                 try:
                     for event in update.events:
                         self.on_event(job.batch, job.index, event)
-                except Exception:  # a failed metric must not end this reply, nor those after it
+                except Exception:  # a failed metric must not end any reply
                     log.exception("an event was not counted")
                 job.batch.receive(update)
         if self._undelivered and self._loop is not None:
@@ -651,7 +654,7 @@ class Driver:
 
 
 def _public_error(error: BaseException) -> BaseException:
-    """The error that a client may see: a mistake of its own unchanged, others without details."""
+    """The error that a client may see: a user's mistake unchanged, others without details."""
     if isinstance(error, EarlyFusionError):
         return error
     failed = EngineFailedError("a step of the engine failed")

@@ -1,10 +1,11 @@
 """The engine in its own process, the child, so that the server survives a crash of the engine.
 
 The child loads the weights and steps the engine, without sharing Python's interpreter lock with the
-server. First it sends an `EngineInfo` with the model, but without the transformer's weights, as the
-server encodes prompts and decodes images. Then it sends the events of its steps. A message takes
-both processes as long as a step of a small model with few requests, so the events of short steps
-are sent together. Messages are pickles over a socket pair that no other process can open.
+server. First it sends an `EngineInfo`, which has the model without the transformer's weights: the
+server needs it to encode prompts and to decode images. Then it sends the events of its steps. A
+message costs both processes as much time as a step of a small model with few requests, so the
+events of short steps are sent together. Messages are pickles over a socket pair that no other
+process can open.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ from earlyfusion.serve.logs import log_as_json
 from earlyfusion.serve.niceness import yield_to_others
 
 log = logging.getLogger("earlyfusion.serve")
-HEARTBEAT_SECONDS = 0.5  # the longest time between two messages of a busy child
-# How long events may wait for those of the next steps, so that they are sent together. Each message
-# that a client gets takes the server as long as several tokens take the engine.
+HEARTBEAT_SECONDS = 0.5  # maximum time between two messages of a busy child
+# How long events wait for those of the next steps, to be sent together: each message to a client
+# takes the server as long as several tokens take the engine.
 GATHER_SECONDS = 0.015
-GATHER_SECONDS_PER_REQUEST = 0.0008  # added for each request but the first
+GATHER_SECONDS_PER_REQUEST = 0.0008  # added for each request after the first
 MAX_GATHER_SECONDS = 0.04
-MAX_FAILURES = 3  # failed steps in a row, after which the engine is replaced
-_END_SECONDS = 10.0  # that a killed child may take to end
+MAX_FAILURES = 3  # after this many failed steps in a row, the engine is replaced
+_END_SECONDS = 10.0  # how long a killed child may take to end
 
 
 class EngineDeadError(Exception):
-    """The engine's process has ended, or its step took too long."""
+    """The engine's process has ended, or one of its steps took too long."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the server needs to know of the child: the model, whose transformer is on the meta
-    device, and the sizes of the engine."""
+    """What the server needs to know about the child: the model, with its transformer on the meta
+    device, and the limits of the engine."""
 
     model: Chameleon
     context_tokens: int
@@ -62,8 +63,8 @@ class EngineInfo:
 
 
 class RequestUpdate(NamedTuple):
-    """The events of one step or several for request `number`. A tuple, as it is pickled often.
-    `sampled`: the request has tokens. With `finished` or an `error` it has ended."""
+    """The events of one or several steps for request `number`. `sampled` says whether the request
+    has tokens; it has ended if `finished` or with an `error`. A tuple, as it is pickled often."""
 
     number: int
     events: Sequence[Event] = ()
@@ -74,15 +75,15 @@ class RequestUpdate(NamedTuple):
 
 Child: TypeAlias = tuple[BaseProcess, Connection]
 
-# To the child: a number with its request, or with None to cancel that request. From the child: an
-# `EngineInfo` or an error of loading; then updates, the number of preemptions, and the number of
+# To the child: the number of a request, and the request or None to cancel it. From the child: first
+# an `EngineInfo` or the error of loading; then updates, the number of preemptions and the number of
 # blocks in use.
 Command: TypeAlias = tuple[int, Request | None]
 Message: TypeAlias = tuple[list[RequestUpdate], int, int]
 
 
 class RemoteHandle:
-    """A request in the child, with the members of a `Handle` that the driver uses."""
+    """A request in the child. It has the members of a `Handle` that the driver uses."""
 
     def __init__(self, number: int, cancel: Callable[[int], None], owner: object) -> None:
         self.owner = owner
@@ -97,12 +98,12 @@ class RemoteHandle:
 
 
 class RemoteEngine:
-    """The child, with the methods of an `Engine` that the driver uses.
+    """The child. It has the methods of an `Engine` that the driver uses.
 
-    The event loop calls `receive`; the driver's thread calls all others, except `check` and the
-    properties, which both call. A child that has work and sends nothing for `step_timeout` seconds
-    counts as stuck. `spawn` starts a child (spawn.py); `child` is the first one, if it has been
-    started already.
+    The event loop calls `receive`, the driver's thread all other methods; `check` and the
+    properties are called by both. A child that has work but sends nothing for `step_timeout`
+    seconds counts as stuck. `spawn` starts a child (spawn.py); `child` is the first one if it has
+    been started already.
     """
 
     def __init__(
@@ -115,7 +116,8 @@ class RemoteEngine:
         self.info = self.start(child)
 
     def start(self, child: Child | None = None) -> EngineInfo:
-        """Start a child and wait until it has loaded the model. Raises an `EarlyFusionError`."""
+        """Start a child and wait until it has loaded the model. Raises an `EarlyFusionError` if it
+        cannot."""
         self._process, self._connection = child or self._spawn()
         try:
             first = self._connection.recv()
@@ -155,12 +157,12 @@ class RemoteEngine:
         return bool(self._handles)
 
     def check(self, request: Request) -> None:
-        """As `Engine.check`, which reads only `context_tokens` and `cache_size`."""
+        """As `Engine.check`, which uses only `context_tokens` and `cache_size`."""
         Engine.check(cast(Engine, self), request)
 
     def add(self, request: Request, owner: object = None) -> RemoteHandle:
-        """Send a request to the child. The handle keeps `owner`, and may get events before this
-        returns."""
+        """Send a request to the child. The handle stores `owner`. It may get events before this
+        method returns."""
         if not self._handles:
             self._last_message = monotonic()
         handle = RemoteHandle(next(self._numbers), self._cancel, owner)
@@ -170,11 +172,11 @@ class RemoteEngine:
 
     @property
     def silent_seconds(self) -> float:
-        """Seconds since the last message, while the child has work; else 0."""
+        """Seconds since the last message if the child has work, else 0."""
         return monotonic() - self._last_message if self._handles else 0.0
 
     def fileno(self) -> int:
-        """The connection's file descriptor: readable when `receive` would not wait."""
+        """The connection's file descriptor. It is readable when `receive` would not wait."""
         return self._connection.fileno()
 
     def receive(self) -> list[RemoteHandle]:
@@ -188,7 +190,7 @@ class RemoteEngine:
         self._last_message = monotonic()
         handles: list[RemoteHandle] = []
         for update in updates:
-            # A request without a handle was cancelled meanwhile.
+            # A request that was cancelled meanwhile has no handle.
             if (handle := self._handles.get(update.number)) is not None:
                 handle.events += update.events
                 handle.tokens, handle.error = update.sampled, update.error
@@ -199,7 +201,8 @@ class RemoteEngine:
         return handles
 
     def close(self) -> None:
-        """End the child and all requests in it. May be called twice; `start` may follow."""
+        """End the child and all requests in it. May be called twice. `start` starts another
+        child."""
         self._kill()
         self._handles.clear()
         self.used_blocks = 0
@@ -232,8 +235,8 @@ class RemoteEngine:
 
 def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
     """The main function of the child: load the model and run its engine until the server ends."""
-    # A signal to the process group is meant for the server, which drains and then ends this
-    # process.
+    # Signals to the process group are for the server, which finishes its requests and then ends
+    # this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log_as_json()
@@ -251,7 +254,8 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
         return  # the server has ended
     if isinstance(first, EarlyFusionError):
         return
-    # A full collection would visit all objects of torch, which takes as long as many steps.
+    # Otherwise a full garbage collection would visit all objects of torch, which takes as long as
+    # many steps.
     gc.freeze()
     try:
         _Child(connection, engine).run()
@@ -263,12 +267,12 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
 def _capture(engine: Engine) -> None:
     """Capture the CUDA graphs of all steps, so that no request waits for one; logs the progress."""
 
-    def progress(done: int, number: int) -> None:
-        if done % 12 == 0:
-            log.info("capturing the steps of the GPU", extra={"done": done, "of": number})
+    def progress(captured: int, total: int) -> None:
+        if captured % 12 == 0:
+            log.info("capturing the steps of the GPU", extra={"done": captured, "of": total})
 
-    if taken := engine.warm_up(progress):
-        log.info("the steps of the GPU are captured", extra={"bytes": taken})
+    if memory := engine.warm_up(progress):
+        log.info("the steps of the GPU are captured", extra={"bytes": memory})
 
 
 def _engine_info(model: Chameleon, engine: Engine) -> EngineInfo:
@@ -289,7 +293,7 @@ def _engine_info(model: Chameleon, engine: Engine) -> EngineInfo:
 
 
 def models_differ(served: Chameleon, loaded: Chameleon) -> bool:
-    """Whether the two models have other configs, other token names or another codebook."""
+    """Whether two models differ in config, token names or codebook."""
     return (
         served.config != loaded.config
         or served.processor.vocabulary.names != loaded.processor.vocabulary.names
@@ -305,7 +309,7 @@ class _Child:
     def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection, self._engine = connection, engine
         self._handles: dict[int, Handle] = {}
-        self._without_update: set[int] = set()  # requests that have had no update yet
+        self._without_update: set[int] = set()  # requests for which no update was sent yet
         self._all_sent_at = monotonic()  # when the updates of all requests were last sent
         self._commands: deque[Command] = deque()
         self._condition = threading.Condition()
@@ -322,8 +326,8 @@ class _Child:
             updates += [update for update in due if update is not None]
             state = self._state
             # A child that becomes idle sends its state once more.
-            last = not self._handles and state != self._sent_state
-            if updates or last or monotonic() - self._sent_at > HEARTBEAT_SECONDS:
+            became_idle = not self._handles and state != self._sent_state
+            if updates or became_idle or monotonic() - self._sent_at > HEARTBEAT_SECONDS:
                 self._connection.send((updates, *state))
                 self._sent_at, self._sent_state = monotonic(), state
             if self._failures == MAX_FAILURES:
@@ -343,8 +347,8 @@ class _Child:
         return self._engine.preemptions, self._engine.used_blocks
 
     def _listen(self) -> None:
-        # A thread of its own: if the socket were read between steps only, both processes could wait
-        # for each other with full buffers.
+        # In a thread, as both processes could wait for each other with full buffers if the socket
+        # were only read between steps.
         while True:
             try:
                 command = self._connection.recv()
@@ -355,7 +359,7 @@ class _Child:
                 self._condition.notify()
 
     def _take_commands(self) -> list[RequestUpdate]:
-        """Add and cancel requests. Returns updates with the errors of those that cannot run."""
+        """Add and cancel requests as commanded. Returns updates for those that cannot run."""
         refused: list[RequestUpdate] = []
         while self._commands:
             number, request = self._commands.popleft()
@@ -372,7 +376,7 @@ class _Child:
         return refused
 
     def _step(self) -> list[RequestUpdate]:
-        """Run a step. Returns the last updates of all requests if it fails."""
+        """Run a step. If it fails, ends all requests and returns their last updates."""
         try:
             self._engine.step()
         except Exception as error:
@@ -391,8 +395,8 @@ class _Child:
         return []
 
     def _due(self) -> list[int]:
-        """The requests whose events are sent now: all of them once events have waited long enough,
-        until then those that have ended and those without an update so far."""
+        """The requests whose events are sent now: all if events have waited long enough, otherwise
+        those that have ended and those for which no update was sent yet."""
         now = monotonic()
         wait = GATHER_SECONDS + GATHER_SECONDS_PER_REQUEST * (len(self._handles) - 1)
         if now - self._all_sent_at >= min(wait, MAX_GATHER_SECONDS):
@@ -405,7 +409,7 @@ class _Child:
         ]
 
     def _take_update(self, number: int) -> RequestUpdate | None:
-        """The events of a request since the last call; None if there are none and it still runs."""
+        """The update of a request since the last call; None if it has no events and still runs."""
         handle = self._handles[number]
         events = _merge_text(handle.events)
         handle.events.clear()
@@ -419,19 +423,19 @@ class _Child:
 
 
 def _merge_text(events: Iterable[Event]) -> list[Event]:
-    """The events, with adjacent pieces of text merged."""
-    joined: list[Event] = []
+    """The events, with adjacent `TextDelta`s merged."""
+    merged: list[Event] = []
     for event in events:
-        last = joined[-1] if joined else None
+        last = merged[-1] if merged else None
         if isinstance(event, TextDelta) and isinstance(last, TextDelta):
-            joined[-1] = TextDelta(last.text + event.text)
+            merged[-1] = TextDelta(last.text + event.text)
         else:
-            joined.append(event)
-    return joined
+            merged.append(event)
+    return merged
 
 
 def _picklable(error: BaseException) -> BaseException:
-    """An error that can be pickled; only a user's mistake keeps its class and text."""
+    """An error that can be pickled. Only errors of a user keep their class and text."""
     if isinstance(error, EarlyFusionError):
         return type(error)(str(error))
     return RuntimeError(f"{type(error).__name__} in the engine's process")

@@ -17,16 +17,16 @@ from earlyfusion.serve.driver import Batch
 from earlyfusion.serve.errors import report
 
 Result = TypeVar("Result")
-# How much longer than its reply a stream may take, in seconds: a reply that takes too long still
-# sends an error as its last event.
+# How many seconds longer than its reply a stream may take: when a reply takes too long, an error is
+# still sent as its last event.
 UNREAD_SECONDS = 30.0
 KEEPALIVE = b": keepalive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
 class Trimmer:
-    """Strips the whitespace around one streamed text segment, as `Reply` does. `keep_leading` keeps
-    that at its start, for a reply that continues an assistant's turn."""
+    """Strips the whitespace around a streamed text segment, as `Reply` does. With `keep_leading`
+    the whitespace at its start stays: the reply continues an assistant's turn."""
 
     def __init__(self, keep_leading: bool = False) -> None:
         self._has_text, self._held_back = keep_leading, ""
@@ -42,7 +42,7 @@ class Trimmer:
 
 
 class JsonReply(Response):
-    """JSON as UTF-8; lone surrogates, which UTF-8 cannot hold, are written as escapes."""
+    """JSON as UTF-8; lone surrogates, which UTF-8 does not have, are escaped."""
 
     media_type = "application/json"
 
@@ -52,10 +52,10 @@ class JsonReply(Response):
 
 class EventStream(Response):
     """Server-sent events of a batch. The batch is closed when the stream ends, when the client
-    leaves, or after `seconds`, as a client that reads nothing could hold it forever.
+    leaves, and after `seconds`, because a client that reads nothing could keep it open forever.
 
-    Unlike starlette's StreamingResponse, this joins the chunks that are ready at the same time:
-    each send takes longer than making a chunk.
+    Unlike starlette's StreamingResponse, this joins chunks that are ready at the same time: a send
+    takes longer than making a chunk.
     """
 
     media_type = "text/event-stream"
@@ -101,8 +101,8 @@ class DisconnectedError(Exception):
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`. If the client closes the connection first, `work` is cancelled and
-    `DisconnectedError` raised."""
+    """The result of `work`. If the client closes the connection before that, cancels `work` and
+    raises `DisconnectedError`."""
     task, is_done, has_left = asyncio.current_task(), False, False
     assert task is not None
     disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
@@ -134,12 +134,12 @@ def _body(pieces: list[bytes], more: bool) -> Message:
     return {"type": "http.response.body", "body": b"".join(pieces), "more_body": more}
 
 
-# Made once: json.dumps would make a new encoder at each call with these options.
+# With these options json.dumps would make a new encoder at each call.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-# Python's `splitlines` also ends lines at these characters, and so does httpx's `iter_lines`, with
-# which some clients read streams. Escapes are safe.
+# Written as escapes: some clients read streams with httpx's `iter_lines`, which ends lines at these
+# characters too, as Python's `splitlines` does.
 _LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
@@ -161,13 +161,13 @@ def _utf8(text: str) -> bytes:
 
 
 def sse(data: Any, event: str | None = None) -> bytes:
-    """One server-sent event with JSON data, and optionally its name."""
+    """A server-sent event with JSON data, and with the name `event` if there is one."""
     name = b"" if event is None else b"event: " + event.encode() + b"\n"
     return name + b"data: " + to_json(data) + b"\n\n"
 
 
 def count_image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
-    """The number of tokens that spell images in a prompt, with their begin and end tokens."""
+    """The number of tokens that spell images in a prompt, including begin and end tokens."""
     begin, end = model.processor.vocabulary.begin_image, model.processor.vocabulary.end_image
     count, inside = 0, False
     for token in ids:
@@ -180,8 +180,8 @@ def count_image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
 def chat_usage(
     prompt_tokens: int, prompt_image_tokens: int, usages: Sequence[Usage], prompts: int = 1
 ) -> dict[str, Any]:
-    """OpenAI's `usage`, by modality. `usages` has an entry per choice, those of one prompt
-    adjacent; `prompts` is the number of prompts. The tokens of each prompt are counted once."""
+    """OpenAI's `usage` object, with numbers by modality. `usages` has an entry per choice; those of
+    one prompt are adjacent. `prompts` is the number of prompts, each of which is counted once."""
     completion_tokens = sum(usage.completion_tokens for usage in usages)
     image_tokens = sum(usage.image_tokens for usage in usages)
     cached = {"cached_tokens": _cached_tokens(usages, prompts)}
@@ -195,8 +195,9 @@ def chat_usage(
 
 
 def _cached_tokens(usages: Sequence[Usage], prompts: int) -> int:
-    """The number of prompt tokens that the prefix cache held before this HTTP request: the minimum
-    over the choices of a prompt, as later choices also find what the first has added."""
+    """The number of prompt tokens that the prefix cache held before this HTTP request. For each
+    prompt it is the minimum over its choices, as later choices also use what the first has
+    added."""
     choices = max(len(usages) // prompts, 1)
     starts = range(0, len(usages), choices)
     return sum(min(u.cached_tokens for u in usages[start : start + choices]) for start in starts)

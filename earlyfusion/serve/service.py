@@ -1,5 +1,5 @@
-"""What all routes share: the engine's driver, the stores, and turning a body into requests. A few
-worker threads read prompts and their images."""
+"""What all routes share: the engine's driver, the stores, and the way from a body to requests.
+Worker threads read prompts and their images."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from earlyfusion.serve.store import MEDIA_TYPES, Conversations, Files, StoredFil
 Result = TypeVar("Result")
 _WORKERS = 2
 _FETCHERS = 32  # threads that read prompts with images at URLs: they wait for other servers
-# Texts up to this length are encoded on the event loop: two thread switches take longer.
+# Texts of at most this length are encoded on the event loop: two thread switches take longer.
 QUICK_CHARACTERS = 500
-# JavaScript reads whole numbers exactly up to 53 bits, and further choices add to the seed.
+# JavaScript represents whole numbers of up to 53 bits exactly, and choices add to the seed.
 _SEED_BITS = 52
 _PYTHON_SIZE = re.compile(r"\((\d+), (\d+)\)")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
@@ -46,9 +46,9 @@ _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """The settings of an HTTP request, without its prompt. `sampling` holds fields of
+    """The settings of an HTTP request, without its prompt. `sampling` has fields of
     `SamplingParams`. Each prompt is answered `n` times. `model` is the name of the model or of an
-    adapter, `limit_field` the route's name for `max_tokens`."""
+    adapter, `limit_field` the route's name of `max_tokens`."""
 
     output: Output
     sampling: dict[str, Any]
@@ -62,9 +62,9 @@ class GenerationSpec:
 
 @dataclass
 class Prepared:
-    """The requests of one HTTP request, and for `usage` the tokens of its prompts, each counted
-    once. `prompt_image_tokens` are those of images. `continues`: the prompt ends with an
-    assistant's turn, which the reply continues."""
+    """The requests of one HTTP request, and the number of tokens of its prompts, for `usage`. Each
+    prompt is counted once. `prompt_image_tokens` counts those of images. `continues` says whether
+    the prompt ends with an assistant's turn, which the reply continues."""
 
     batch: Batch
     prompt_tokens: int
@@ -110,8 +110,8 @@ class Service:
     async def run_in_worker(
         self, task: Callable[..., Result], *arguments: Any, fetches: bool = False
     ) -> Result:
-        """The result of a slow task, which runs in a worker thread; if it `fetches` images from
-        other servers, in one of a larger pool."""
+        """The result of a slow task, which runs in a worker thread. A task that `fetches` images
+        from other servers runs in a larger pool."""
         pool = self._fetchers if fetches else self._workers
         return await asyncio.get_running_loop().run_in_executor(pool, task, *arguments)
 
@@ -120,7 +120,7 @@ class Service:
         return self.options.allow_image_urls and any(http_urls(body))
 
     def reader(self) -> PromptReader:
-        """A reader for the prompts of one HTTP request."""
+        """A reader of the prompts of one HTTP request."""
         limits = ImageLimits(self.options)
         return PromptReader(self.files, limits, self.options.allow_image_urls)
 
@@ -132,10 +132,10 @@ class Service:
         """Raise `ApiError` with status 404 for a model that is not served."""
         if name is not None and not self.serves(name):
             served = [self.name, *self.model.adapters]
-            known = ", ".join(map(repr, served[:5])) + (", …" if len(served) > 5 else "")
+            names = ", ".join(map(repr, served[:5])) + (", …" if len(served) > 5 else "")
             raise ApiError(
                 404,
-                f"the model {name[:60]!r} is not served here: use {known}",
+                f"the model {name[:60]!r} is not served here: use {names}",
                 param="model",
                 code="model_not_found",
             )
@@ -149,12 +149,12 @@ class Service:
         fetches: bool = False,
         after: Callable[[], None] = lambda: None,
     ) -> Prepared:
-        """Admit an HTTP request, read its prompts, and hand all requests to the engine.
+        """Admit an HTTP request, read its prompts, and pass all requests to the engine.
 
-        Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
-        requests in all. A worker thread calls `prompts` and then `after`, unless the prompts are
-        `quick`: short, without images and without constraints on the reply. For `fetches` see
-        `run_in_worker`. Raises `ApiError`, `QueueFullError`, `NotReadyError` or an
+        `count` is the total number of requests (None: `spec.n`, for one prompt). A worker thread
+        calls `prompts` and then `after`; if the prompts are `quick`, the event loop does. Quick
+        prompts are short and without images, and put no constraints on the reply. `fetches` is
+        that of `run_in_worker`. Raises `ApiError`, `QueueFullError`, `NotReadyError` or an
         `EarlyFusionError`.
         """
         count = count or spec.n
@@ -165,7 +165,7 @@ class Service:
                 f"{self.driver.limit}: ask for fewer",
                 param="n",
             )
-        # Admission comes first, so that a full server does not read images in vain.
+        # Admission comes first, so that a full server does not waste time on images.
         batch = self.driver.admit(count)
         try:
             if quick:
@@ -198,7 +198,7 @@ class Service:
         return requests
 
     def _choices(self, prompt: Prompt, spec: GenerationSpec) -> list[Request]:
-        """The requests of one prompt. Choice number i, from 0, has the seed of the first plus i."""
+        """The requests of one prompt. Choice number i, counted from 0, has seed + i."""
         try:
             first = self.model.request(
                 prompt,
@@ -223,7 +223,7 @@ class Service:
         ]
 
     async def tokens(self, text: str | None, messages: list[ChatMessage] | None) -> list[int]:
-        """Token ids of a text, or of the whole prompt that messages make."""
+        """The token ids of a text, or of a prompt of these messages."""
         fetches = self.fetches_images(messages)
         return await self.run_in_worker(self._tokens, text, messages, fetches=fetches)
 
@@ -236,7 +236,7 @@ class Service:
     async def store_image(
         self, event: ImageDone, output_format: Format, compression: int, file_id: str | None = None
     ) -> StoredFile:
-        """Decode a generated image, and store its file with its codes."""
+        """Decode a generated image, and store its file and its codes."""
         data, digest = await self.decoder.file(event, output_format, compression)
         media_type, name = MEDIA_TYPES[output_format], f"image.{output_format}"
         image = Image(codes=event.codes)
@@ -247,8 +247,8 @@ class Service:
         return (await self.decoder.file(event, output_format, compression)).data
 
     def image_size(self, size: str | None) -> str:
-        """The width and height of generated images in pixels, as "64x64", if `size` is
-        requested."""
+        """The width and height in pixels, as "64x64", of images generated for the requested
+        `size`."""
         if size not in (None, "auto"):
             return str(size)
         layout, stride = self.model.processor.layout, self.model.config.vq_config.stride
@@ -260,8 +260,8 @@ class Service:
         return [self.model_object(name) for name in (self.name, *self.model.adapters)]
 
     def model_object(self, name: str) -> dict[str, Any]:
-        """OpenAI's model object, with modalities under OpenRouter's names and this server's own.
-        `parent` is the base model of an adapter, as in vLLM."""
+        """OpenAI's model object, with further fields: `architecture` as in OpenRouter, and
+        `parent`, the base model of an adapter, as in vLLM."""
         inputs, outputs = ["text", "image"], ["text", *(["image"] if self.model.can_draw else [])]
         architecture = {"input_modalities": inputs, "output_modalities": outputs}
         return {
@@ -278,28 +278,28 @@ class Service:
         }
 
     def base_url(self, request: HttpRequest) -> str:
-        """The URL of this server without a slash at the end; URLs of files begin with it."""
+        """The URL of this server, without a slash at the end, with which URLs of files begin."""
         return (self.options.public_url or str(request.base_url)).rstrip("/")
 
 
 def _for_clients(message: str, spec: GenerationSpec) -> str:
-    """An error text of the Python API, with the route's name of `max_tokens` and its way to write
-    sizes."""
+    """An error message of the Python API in the words of the HTTP API: the route's name of
+    `max_tokens`, and sizes as "64x64"."""
     message = message.replace("max_tokens", spec.limit_field)
     message = message.replace("give (width, height) as", "use auto or")
     return _PYTHON_SIZE.sub(r"\1x\2", message)
 
 
 def _size(size: str | None) -> tuple[int, int] | None:
-    """Width and height in pixels; None for the model's own. Raises `ApiError`."""
+    """Width and height in pixels; None for the size of the model's images. Raises `ApiError`."""
     if size is None or size == "auto":
         return None
-    found = _SIZE.fullmatch(size)
-    if found is None:
+    match = _SIZE.fullmatch(size)
+    if match is None:
         raise ApiError(
             400,
             f"size={size[:40]!r} is not possible: use auto, or width x height as 512x512",
             param="size",
             code="invalid_value",
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
