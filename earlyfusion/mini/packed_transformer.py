@@ -321,9 +321,10 @@ def main(config: PackedTransformerConfig) -> None:
 
 @torch.no_grad()
 def interpolate(model: Transformer, other: Transformer, share: float) -> None:
-    """Set the weights to `share` times those of `other` plus the rest times their own."""
-    for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        own.lerp_(theirs, share)
+    """Set the weights of `model` to `share` times those of `other` plus (1 - `share`) times those
+    of `model`."""
+    for weight, other_weight in zip(model.parameters(), other.parameters(), strict=True):
+        weight.lerp_(other_weight, share)
 
 
 config = PackedTransformerConfig(

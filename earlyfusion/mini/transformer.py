@@ -253,9 +253,9 @@ def _copy_codes(config: TransformerConfig) -> None:
     """Copy the codes of the run `start`, unless they exist or have another number of variants."""
     if config.start is None:
         return
-    given, own = file_of_start(config.start, "codes.npy"), config.run.out / "codes.npy"
-    if np.load(given, "r").shape[1] == config.documents.variants and not own.exists():
-        shutil.copy(given, own)
+    source, target = file_of_start(config.start, "codes.npy"), config.run.out / "codes.npy"
+    if np.load(source, "r").shape[1] == config.documents.variants and not target.exists():
+        shutil.copy(source, target)
 
 
 def main(config: TransformerConfig) -> None:

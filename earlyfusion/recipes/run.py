@@ -205,9 +205,9 @@ def _field_paths(config: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, .
 
 def _resolve(config: Any, path: str) -> tuple[str, ...]:
     """The path of a field that is given in full or by a unique ending."""
-    wanted, paths = tuple(path.split(".")), _field_paths(config)
-    matches = [p for p in paths if p[-len(wanted) :] == wanted]
-    exact = [p for p in matches if p == wanted]
+    ending, paths = tuple(path.split(".")), _field_paths(config)
+    matches = [p for p in paths if p[-len(ending) :] == ending]
+    exact = [p for p in matches if p == ending]
     if len(exact or matches) == 1:
         return (exact or matches)[0]
     if matches:
@@ -230,25 +230,26 @@ def _with_changes(config: Any, changes: dict[tuple[str, ...], str]) -> Any:
     return replace(config, **values)
 
 
-def _parse(wanted: Any, name: str, text: str) -> Any:
-    """A value of the type `wanted` from its text on the command line."""
-    if get_origin(wanted) is UnionType:  # X | None: the only unions that configs use
+def _parse(field_type: Any, name: str, text: str) -> Any:
+    """A value of a field's type from its text on the command line."""
+    if get_origin(field_type) is UnionType:  # X | None: the only unions that configs use
         if text.lower() == "none":
             return None
-        wanted = next(t for t in get_args(wanted) if t is not NoneType)
+        field_type = next(t for t in get_args(field_type) if t is not NoneType)
     try:
-        if wanted is bool:
+        if field_type is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if get_origin(wanted) is tuple:
-            return tuple(_finite(get_args(wanted)[0](part)) for part in text.split(",") if part)
-        return _finite(wanted(text))
+        if get_origin(field_type) is tuple:
+            item_type = get_args(field_type)[0]
+            return tuple(_finite(item_type(part)) for part in text.split(",") if part)
+        return _finite(field_type(text))
     except (KeyError, ValueError, TypeError):
-        type_name = getattr(wanted, "__name__", str(wanted))
+        type_name = getattr(field_type, "__name__", str(field_type))
         raise SettingError(f"{name}={text!r} cannot be read as {type_name}") from None
 
 
 def _finite(value: Any) -> Any:
-    """The same value; `ValueError` for nan, which no comparison would refuse, and infinity."""
+    """The same value. Raises `ValueError` for infinity and for NaN, which range checks let pass."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError
     return value
@@ -284,13 +285,13 @@ def fields_of(name: str) -> dict[str, tuple[str, Any, str]]:
 def settable(config: Any) -> dict[str, tuple[str, Any, str]]:
     """The fields of a config by their shortest unique name: type, default and meaning."""
     paths = _field_paths(config)
-    found = {}
+    by_name = {}
     for path in paths:
         ends = [path[-count:] for count in range(1, len(path) + 1)]
         unique = [end for end in ends if sum(p[-len(end) :] == end for p in paths) == 1]
         owner, name = _value(config, path[:-1]), path[-1]
-        wanted = get_type_hints(type(owner))[name]
-        type_name = str(wanted) if get_args(wanted) else getattr(wanted, "__name__", str(wanted))
+        hint = get_type_hints(type(owner))[name]
+        type_name = str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
         meaning = meanings(type(owner)).get(name, "")
-        found[".".join((unique or [path])[0])] = (type_name, getattr(owner, name), meaning)
-    return found
+        by_name[".".join((unique or [path])[0])] = (type_name, getattr(owner, name), meaning)
+    return by_name
