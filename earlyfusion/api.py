@@ -601,13 +601,14 @@ class Chameleon:
             raise SettingError("size is that of images, and output='text' has none: leave it out")
         default, stride = self.processor.layout, self.config.vq_config.stride
         layouts = lumina.layouts(default.height) if lumina.is_layout(default) else [default]
-        possible = {(each.width * stride, each.height * stride): each for each in layouts}
+        by_size = {(item.width * stride, item.height * stride): item for item in layouts}
         listed: Any = size.tolist() if isinstance(size, np.ndarray) else size
-        wanted = tuple(listed) if isinstance(listed, list | tuple) else None
-        layout = next((layout for each, layout in possible.items() if each == wanted), None)
+        requested = tuple(listed) if isinstance(listed, list | tuple) else None
+        # Compared one by one, as the size may hold anything, even what cannot be a key.
+        layout = next((layout for pair, layout in by_size.items() if pair == requested), None)
         if layout is None:
-            shown = repr(listed) if wanted is None else "x".join(map(str, wanted))
-            sizes = ", ".join(map(str, possible))
+            shown = repr(listed) if requested is None else "x".join(map(str, requested))
+            sizes = ", ".join(map(str, by_size))
             raise SettingError(
                 f"size={shown[:40]} is not a size of this model: give (width, height) as {sizes}"
             )
@@ -616,7 +617,7 @@ class Chameleon:
     def _check_texts(self, messages: Sequence[Message], name: str = "prompt") -> None:
         """Raise `ContextError` for texts that are too long whatever their tokens are: encoding some
         megabytes takes minutes, in which no other thread runs."""
-        texts = [part.text for each in messages for part in each.parts if isinstance(part, Text)]
+        texts = [part.text for m in messages for part in m.parts if isinstance(part, Text)]
         fewest = sum(map(self.processor.fewest_tokens, texts))
         limit = self.config.max_position_embeddings
         if fewest > limit:

@@ -102,17 +102,17 @@ def _job(
     number: int, line: str, folder: Path, output: Output, defaults: dict[str, Any], model: str
 ) -> Job:
     entry = _parse_line(line)
-    name, wanted = entry.get("id", number), entry.get("output", output)
+    name, requested = entry.get("id", number), entry.get("output", output)
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise PromptError("its id is neither a text nor a whole number: give one, or leave it out")
-    if wanted not in get_args(Output):
-        raise SettingError.unknown("output", wanted, get_args(Output))
+    if requested not in get_args(Output):
+        raise SettingError.unknown("output", requested, get_args(Output))
     settings = defaults | {key: value for key, value in entry.items() if key in _SETTINGS}
-    content = json.dumps([entry, name, wanted, settings, model], sort_keys=True)
+    content = json.dumps([entry, name, requested, settings, model], sort_keys=True)
     turns = _turns(entry, folder)
     _check_turns(turns)
     digest = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return Job(number, name, turns, wanted, SamplingParams(**settings), digest)
+    return Job(number, name, turns, requested, SamplingParams(**settings), digest)
 
 
 def _parse_line(line: str) -> dict[str, Any]:

@@ -112,8 +112,8 @@ def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
         return list(_values_of(before[-1], known))
     if before[-1:] == ["="]:
         return _starting_with(incomplete, _values_of(before[-2] if before[1:] else "", known))
-    field, found, _ = incomplete.partition("=")
-    if not found:
+    field, separator, _ = incomplete.partition("=")
+    if not separator:
         return _starting_with(incomplete, [f"{name}=" for name in known])
     return _starting_with(incomplete, [f"{field}={value}" for value in _values_of(field, known)])
 
@@ -215,8 +215,8 @@ class Loading:
         """The model, with the options that change its replies."""
         dtype = None if self.dtype == "auto" else self.dtype
         options = {"dtype": dtype, "fit": self.fit}
-        given = [f"{name}={value}" for name, value in options.items() if value is not None]
-        return " ".join([self.model, *given])
+        changed = [f"{name}={value}" for name, value in options.items() if value is not None]
+        return " ".join([self.model, *changed])
 
 
 def _examples(*lines: str) -> str:
@@ -627,8 +627,8 @@ def convert(
         from earlyfusion.checkpoints.convert import convert as write
 
     with show_progress("converting", as_json) as progress:
-        wanted = None if name is None else torch_dtype(name)
-        write(source, target, to, dtype=wanted, progress=progress, **asdict(conversion))
+        torch_type = None if name is None else torch_dtype(name)
+        write(source, target, to, dtype=torch_type, progress=progress, **asdict(conversion))
     sizes = {str(p.relative_to(target)): p.stat().st_size for p in sorted(target.rglob("*.*"))}
     if as_json:
         return _print_json({"path": str(target), "layout": to, "file_bytes": sizes})

@@ -117,10 +117,10 @@ def next_number(folder: Path, stem: str, suffix: str) -> int:
     """One more than the largest number N of the files `stem-N.suffix` in a folder."""
     name = re.compile(rf"{re.escape(stem)}-(\d+){re.escape(suffix)}", re.IGNORECASE)
     try:
-        found = [name.fullmatch(entry) for entry in os.listdir(folder)]
+        matches = [name.fullmatch(entry) for entry in os.listdir(folder)]
     except OSError:
         return 1
-    return max((int(match[1]) for match in found if match), default=0) + 1
+    return max((int(match[1]) for match in matches if match), default=0) + 1
 
 
 def path_exists_error(path: Path) -> SettingError:

@@ -384,15 +384,15 @@ def _codes_in_order(
     messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None
 ) -> list[npt.ArrayLike]:
     images = [image for message in messages for image in message.images]
-    given = [image.codes for image in images] if codes is None else list(codes)
-    if len(given) != len(images):
+    listed = [image.codes for image in images] if codes is None else list(codes)
+    if len(listed) != len(images):
         raise PromptError(
-            f"the messages hold {len(images)} images, with codes for {len(given)}: "
+            f"the messages hold {len(images)} images, with codes for {len(listed)}: "
             "give codes for each image, in order"
         )
-    for number, value in enumerate(given):
+    for number, value in enumerate(listed):
         if value is None:
             raise PromptError(
-                f"image {number + 1} of {len(given)} has no codes: encode it before it is spelled"
+                f"image {number + 1} of {len(listed)} has no codes: encode it before it is spelled"
             )
-    return [np.asarray(value) for value in given]
+    return [np.asarray(value) for value in listed]

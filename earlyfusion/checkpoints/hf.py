@@ -344,8 +344,8 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Stored], on_bytes: OnBy
             on_bytes(stored.nbytes)
 
 
-def _generation_config(given: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """generation_config.json: the given settings, and the ids that make transformers' `generate`
+def _generation_config(settings: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """generation_config.json: these settings, and the ids that make transformers' `generate`
     stop."""
     ids = {
         "bos_token_id": vocabulary.bos,
@@ -353,9 +353,9 @@ def _generation_config(given: Mapping[str, Any], vocabulary: Vocabulary) -> dict
         "pad_token_id": vocabulary.pad,
     }
     # Once the file has an eos_token_id, this package only reads its settings from "chameleon".
-    needs_copy = bool(given) and not given.keys() & {"chameleon", "eos_token_id"}
-    copy = {"chameleon": dict(given)} if needs_copy else {}
-    return ids | {k: v for k, v in given.items() if v is not None} | copy
+    needs_copy = bool(settings) and not settings.keys() & {"chameleon", "eos_token_id"}
+    copy = {"chameleon": dict(settings)} if needs_copy else {}
+    return ids | {k: v for k, v in settings.items() if v is not None} | copy
 
 
 def _packed_bits(folder: Path, config: Mapping[str, Any]) -> int | None:

@@ -214,12 +214,12 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
 def find_tokenizer(folder: Path) -> Path:
     """The nearest folder with a text_tokenizer.json: this, or tokenizer/ here or in two parents."""
     above = (parent / "tokenizer" for parent in folder.absolute().parents[:2])
-    found = _tokenizer_in(folder, *above)
-    if found is None:
+    nearest = _tokenizer_in(folder, *above)
+    if nearest is None:
         raise CheckpointError(
             f"no {META_TOKENIZER} beside {folder}: give the folder with Meta's tokenizer and VQ-GAN"
         )
-    return found
+    return nearest
 
 
 def _tokenizer_in(folder: Path, *others: Path) -> Path | None:
@@ -243,10 +243,10 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
     if params.get("model") is not None:
         params |= typed(params, "model", dict, str(folder / "params.json"))
     override = read_json(folder / "consolidate_params.json", needed=False)
-    given, where = params | override, f"the params of {folder}"
+    values, where = params | override, f"the params of {folder}"
     # null leaves the default.
-    names = [name for name in _PARAMS if given.get(name) is not None]
-    merged = {name: typed(given, name, _PARAMS[name], where) for name in names}
+    names = [name for name in _PARAMS if values.get(name) is not None]
+    merged = {name: typed(values, name, _PARAMS[name], where) for name in names}
     missing = [n for n in ("dim", "n_layers", "n_heads", "vocab_size") if merged.get(n, -1) <= 0]
     if missing:
         raise CheckpointError(

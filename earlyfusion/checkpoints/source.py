@@ -174,10 +174,10 @@ def torch_load(path: Path) -> dict[str, Any]:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         with warnings.catch_warnings(action="ignore"):
-            found = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
-        if not all(isinstance(name, str) for name in found):
+            content = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        if not all(isinstance(name, str) for name in content):
             raise TypeError("names must be strings")
-        return found
+        return content
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
         raise CheckpointError(
             f"{path} is missing, damaged, or holds more than tensors: download it again"

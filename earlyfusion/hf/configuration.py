@@ -129,9 +129,9 @@ def vq_shape(config: ChameleonVQVAEConfig) -> VQConfig:
     )
 
 
-def _as_vq_config(given: dict[str, Any] | PreTrainedConfig | None) -> ChameleonVQVAEConfig:
-    if isinstance(given, ChameleonVQVAEConfig):
-        return given
-    values = given.to_dict() if isinstance(given, PreTrainedConfig) else dict(given or {})
+def _as_vq_config(config: dict[str, Any] | PreTrainedConfig | None) -> ChameleonVQVAEConfig:
+    if isinstance(config, ChameleonVQVAEConfig):
+        return config
+    values = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
     values.pop("model_type", None)
     return ChameleonVQVAEConfig(**values)

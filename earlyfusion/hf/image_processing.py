@@ -332,10 +332,10 @@ def _new_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
 
 def _fit_side(settings: dict[str, Any]) -> int:
     """The side of the squares that images are fitted into. Raises `SettingError`."""
-    given = settings["crop_size"] if settings["do_center_crop"] else settings["size"]
-    sides = set(dict(given).values())
+    size = settings["crop_size"] if settings["do_center_crop"] else settings["size"]
+    sides = set(dict(size).values())
     if len(sides) != 1:
-        raise SettingError(f"resize_mode='fit' makes squares, not {dict(given)}: give one side")
+        raise SettingError(f"resize_mode='fit' makes squares, not {dict(size)}: give one side")
     return int(sides.pop())
 
 
@@ -381,11 +381,11 @@ def _for_channels(settings: dict[str, Any], name: str, channels: int) -> Any:
 
 def _pad(pixels: list[Tensor], size: Any) -> list[Tensor]:
     """Images with zeros below and to the right, up to `size` or the largest of them."""
-    given = dict(size) if size else {}
-    height = given.get("height") or max(image.shape[1] for image in pixels)
-    width = given.get("width") or max(image.shape[2] for image in pixels)
+    pad_size = dict(size) if size else {}
+    height = pad_size.get("height") or max(image.shape[1] for image in pixels)
+    width = pad_size.get("width") or max(image.shape[2] for image in pixels)
     if any(image.shape[1] > height or image.shape[2] > width for image in pixels):
-        raise SettingError(f"pad_size={given} is smaller than an image: raise it")
+        raise SettingError(f"pad_size={pad_size} is smaller than an image: raise it")
     return [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pixels]
 
 

@@ -235,14 +235,14 @@ class ChameleonProcessor(ProcessorMixin):
         common = dict(kwargs.pop("common_kwargs", None) or {})
         flags = {name: self._flag(name, kwargs, sections["text_kwargs"], common) for name in _FLAGS}
         known = {name: self._names(name) for name in _SECTIONS}
-        for section, given in sections.items():
+        for section, arguments in sections.items():
             for name in known[section] & kwargs.keys():
-                if name in given:
+                if name in arguments:
                     raise SettingError(
                         f"the argument {name} is given twice, in {section} and beside it: "
                         "give it once"
                     )
-                given[name] = kwargs[name]
+                arguments[name] = kwargs[name]
         # The base class warns about unknown arguments.
         rest = {k: v for k, v in kwargs.items() if not any(k in names for names in known.values())}
         merged = self._merge_kwargs(
@@ -256,11 +256,11 @@ class ChameleonProcessor(ProcessorMixin):
         return flags, for_text, for_images
 
     def _flag(self, name: str, *sections: dict[str, Any]) -> bool:
-        given = [section.pop(name) for section in sections if name in section]
-        given = [value for value in given if value is not None]
-        if len(set(given)) > 1:
-            raise SettingError(f"the argument {name} is given twice, as {given}: give it once")
-        return bool(given[0] if given else getattr(self, name))
+        values = [section.pop(name) for section in sections if name in section]
+        values = [value for value in values if value is not None]
+        if len(set(values)) > 1:
+            raise SettingError(f"the argument {name} is given twice, as {values}: give it once")
+        return bool(values[0] if values else getattr(self, name))
 
     def _names(self, section: str) -> set[str]:
         """The names that `text_kwargs` or `images_kwargs` may have."""
@@ -467,22 +467,22 @@ def _texts(text: Any, images: Any) -> list[str] | None:
     return texts
 
 
-def _check_image_count(placeholders: list[int], given: Any, images: int) -> None:
+def _check_image_count(placeholders: list[int], images: Any, num_images: int) -> None:
     """Raise `PromptError` unless there is an image for each placeholder; `placeholders` has their
     number per text. Images may be given in a list for each text, and must then match that text."""
-    if sum(placeholders) != images:
+    if sum(placeholders) != num_images:
         raise PromptError(
             f"the number of {_PLACEHOLDER} tokens in the prompts should be the same as the number "
-            f"of images, but there are {sum(placeholders)} and {images}: give each image one "
+            f"of images, but there are {sum(placeholders)} and {num_images}: give each image one "
             f"{_PLACEHOLDER}"
         )
-    nested = isinstance(given, list | tuple) and all(isinstance(i, list | tuple) for i in given)
-    if not nested or len(given) != len(placeholders):
+    nested = isinstance(images, list | tuple) and all(isinstance(i, list | tuple) for i in images)
+    if not nested or len(images) != len(placeholders):
         return
-    for number, (count, own) in enumerate(zip(placeholders, given, strict=True), 1):
-        if count != len(own):
+    for number, (count, of_text) in enumerate(zip(placeholders, images, strict=True), 1):
+        if count != len(of_text):
             raise PromptError(
-                f"text {number} has {count} {_PLACEHOLDER} tokens and its list has {len(own)} "
+                f"text {number} has {count} {_PLACEHOLDER} tokens and its list has {len(of_text)} "
                 f"images: give each image one {_PLACEHOLDER}"
             )
 

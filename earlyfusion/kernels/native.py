@@ -54,12 +54,12 @@ def _built(source: Path) -> Path:
 
 def sources(source: Path) -> list[Path]:
     """A C++ file and the headers that it includes from its folder, directly or through others."""
-    found = [source]
-    for path in found:  # grows during the loop
+    files = [source]
+    for path in files:  # grows during the loop
         names = (name.decode() for name in _INCLUDE.findall(path.read_bytes()))
         headers = (source.with_name(name) for name in names)
-        found += [header for header in dict.fromkeys(headers) if header not in found]
-    return found
+        files += [header for header in dict.fromkeys(headers) if header not in files]
+    return files
 
 
 def _processor() -> bytes:

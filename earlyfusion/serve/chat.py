@@ -73,12 +73,12 @@ def is_quick(body: ChatRequest) -> bool:
 
 
 def _output(body: ChatRequest) -> Output:
-    wanted = set(body.modalities or ())
-    if not wanted:
+    modalities = set(body.modalities or ())
+    if not modalities:
         return "auto"
-    if len(wanted) == 2:
+    if len(modalities) == 2:
         return "interleaved"
-    return "image" if "image" in wanted else "text"
+    return "image" if "image" in modalities else "text"
 
 
 class ChatReply:
@@ -119,8 +119,8 @@ class ChatReply:
                     yield chunk
                 if isinstance(event, Finished):
                     usages.append(event.usage)
-        wanted = self._body.stream_options
-        if wanted is not None and wanted.include_usage:
+        stream_options = self._body.stream_options
+        if stream_options is not None and stream_options.include_usage:
             yield sse(self._envelope("chat.completion.chunk", []) | {"usage": self._usage(usages)})
         yield DONE
 

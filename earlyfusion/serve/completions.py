@@ -60,8 +60,8 @@ class CompletionReply:
                 usages[index] = end.usage
             if text or end is not None:
                 yield sse(self._envelope([self._choice(index, text, choices[index], end)]))
-        wanted = self._body.stream_options
-        if wanted is not None and wanted.include_usage:
+        stream_options = self._body.stream_options
+        if stream_options is not None and stream_options.include_usage:
             yield sse(self._envelope([]) | {"usage": self._usage(usages)})
         yield DONE
 

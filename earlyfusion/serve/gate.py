@@ -155,9 +155,9 @@ class Gate:
         """Whether a request needs no key: for health, the page, or an image at a signed URL."""
         if scope["path"] in _PUBLIC_PATHS:
             return True
-        found = _CONTENT_PATH.fullmatch(scope["path"])
+        match = _CONTENT_PATH.fullmatch(scope["path"])
         signature = parse_qs(scope["query_string"].decode("latin-1")).get("sig", [""])[0]
-        return found is not None and self._service.files.is_signed(found[1], signature)
+        return match is not None and self._service.files.is_signed(match[1], signature)
 
     def _has_key(self, header: str) -> bool:
         scheme, _, key = header.partition(" ")

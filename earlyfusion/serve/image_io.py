@@ -112,12 +112,12 @@ def _read_header(data: bytes) -> tuple[str, tuple[int, int]]:
 def _num_scans(data: bytes) -> int:
     """The number of scans of a JPEG file; counts no further than `MAX_SCANS` + 1."""
     count = at = 0
-    while count <= MAX_SCANS and (found := _JPEG_MARKER.search(data, at)) is not None:
-        if found[1] == _END_OF_IMAGE:  # some cameras append a video
+    while count <= MAX_SCANS and (marker := _JPEG_MARKER.search(data, at)) is not None:
+        if marker[1] == _END_OF_IMAGE:  # some cameras append a video
             break
-        count += found[1] == _START_OF_SCAN
+        count += marker[1] == _START_OF_SCAN
         # A segment begins with its length, which includes these two bytes.
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     return count
 
 

@@ -92,10 +92,10 @@ class Metrics:
 
     def _labelled(self, metric: Metric, *labels: str) -> Metric:
         """The metric with these labels, cached, as prometheus_client's lookup is slow."""
-        found = self._with_labels.get((metric, *labels))
-        if found is None:
-            found = self._with_labels[metric, *labels] = metric.labels(*labels)
-        return cast(Metric, found)
+        labelled = self._with_labels.get((metric, *labels))
+        if labelled is None:
+            labelled = self._with_labels[metric, *labels] = metric.labels(*labels)
+        return cast(Metric, labelled)
 
     def observe(self, batch: Batch, index: int, event: Event) -> None:
         """Count one event of request `index` of a batch, under the name of the adapter or the model

@@ -155,12 +155,12 @@ class PromptReader:
         puts around an image."""
         segments: list[Segment] = []
         start = 0
-        for found in _MARKDOWN.finditer(text):
-            image = self._markdown_image(found[1])
+        for match in _MARKDOWN.finditer(text):
+            image = self._markdown_image(match[1])
             if image is not None:
-                segments += _stripped(text[start : found.start()])
+                segments += _stripped(text[start : match.start()])
                 segments.append(image)
-                start = found.end()
+                start = match.end()
         return [*segments, *_stripped(text[start:])] if segments else [Text(text)]
 
     def _markdown_image(self, url: str) -> Image | None:

@@ -162,8 +162,8 @@ def _discriminator(key: str) -> Any:
     `_path`)."""
 
     def tag(value: Any) -> str:
-        found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
-        return f"<{found}>"
+        tag_value = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        return f"<{tag_value}>"
 
     return Discriminator(tag, custom_error_type="unknown_type", custom_error_message="is unknown")
 
@@ -562,8 +562,8 @@ class InputImageCall(StrictModel):
 
 
 def _item_type(value: Any) -> str:
-    found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{found or 'message'}>"
+    item_type = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{item_type or 'message'}>"
 
 
 InputItem = Annotated[

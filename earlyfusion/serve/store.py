@@ -141,8 +141,8 @@ class Files:
 
     def is_signed(self, file_id: str, signature: str) -> bool:
         """Whether a signature is that of the file's URL on this server."""
-        given = signature.encode("utf-8", "replace")  # JSON may hold a lone surrogate
-        return hmac.compare_digest(self._signature(file_id).encode(), given)
+        signature_bytes = signature.encode("utf-8", "replace")  # JSON may hold a lone surrogate
+        return hmac.compare_digest(self._signature(file_id).encode(), signature_bytes)
 
     def by_url(self, url: str) -> StoredFile | None:
         """The file at a signed URL of this server, under any host name; None for any other URL.
@@ -269,8 +269,8 @@ def _id_and_signature(url: str) -> tuple[str, str]:
         parts = urlsplit(url)
     except ValueError:
         return "", ""
-    found = _PATH.match(parts.path)
-    return ("", "") if found is None else (found[1], parse_qs(parts.query).get("sig", [""])[0])
+    match = _PATH.match(parts.path)
+    return ("", "") if match is None else (match[1], parse_qs(parts.query).get("sig", [""])[0])
 
 
 def _digest(data: bytes) -> bytes:
