@@ -129,6 +129,52 @@ def test_a_cast_model_keeps_its_codes(folder: Path, dtype: torch.dtype) -> None:
     assert model.model.vqmodel.requires_grad_().to(dtype).dtype == dtype  # to be trained
 
 
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload", "blocks on disk", "dispatch"])
+def test_a_loaded_model_is_offloaded(folder: Path, offload: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    inputs, device = example(folder), torch.device("cpu")
+    whole, model = (ChameleonForConditionalGeneration.from_pretrained(folder) for _ in range(2))
+    if offload == "cpu_offload":
+        accelerate.cpu_offload(model, device)
+    elif offload == "disk_offload":
+        accelerate.disk_offload(model, tmp_path, device)
+    elif offload == "blocks on disk":
+        blocks = model._no_split_modules  # each comes as a whole when it is called
+        accelerate.disk_offload(model, tmp_path, device, preload_module_classes=blocks)
+    else:
+        parts = dict.fromkeys(PARTS, "cpu") | {"model.vqmodel": "disk"}
+        accelerate.dispatch_model(model, parts, "cpu", offload_dir=tmp_path)
+    assert all(p.is_meta for p in model.model.vqmodel.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
+        codes = whole.get_image_tokens(inputs["pixel_values"])
+        pixels, expected = (m.decode_image_tokens(codes) for m in (model, whole))
+    # Weights on a disk leave the images to torch, which rounds differently.
+    torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_replaced_module_of_the_image_tokenizer_encodes_and_decodes(folder: Path) -> None:
+    """As a quantiser replaces it."""
+    model = ChameleonForConditionalGeneration.from_pretrained(folder)
+    codes = torch.arange(64).view(1, 8, 8)
+    vqmodel = model.model.vqmodel
+    for name in ("post_quant_conv", "decoder"):
+        expected = vqmodel.decode(codes)
+        setattr(vqmodel, name, torch.nn.Sequential(getattr(vqmodel, name), torch.nn.Hardtanh()))
+        vqmodel.__dict__["vqgan"].decoder.requires_grad_(False)
+        assert not torch.equal(vqmodel.decode(codes), expected)
+
+
+def test_hooks_of_the_image_tokenizer_run(folder: Path) -> None:
+    model = ChameleonForConditionalGeneration.from_pretrained(folder)
+    seen: list[Any] = []
+    model.model.vqmodel.register_forward_hook(lambda *call: seen.append(call[2].image_tokens))
+    inputs = example(folder)
+    model(**inputs)
+    model.get_image_tokens(inputs["pixel_values"])
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
 def test_guidance_with_all_weights_on_a_disk(folder: Path, tmp_path: Path) -> None:
     inputs, whole = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
     on_disk = dict.fromkeys((*PARTS, "model.vqmodel"), "disk")

@@ -283,9 +283,6 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         """As in transformers; a checkpoint without a VQ decoder gives a model without one."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():
-            if isinstance(module, ChameleonVQVAE):
-                module.keep_codebook()
         if isinstance(model.base_model, ChameleonModel):
             model.base_model.freeze_image_tokenizer()
             check_processes(model.base_model.shape, model._tp_size or 1)
@@ -361,10 +358,10 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
     def __init__(self, config: ChameleonVQVAEConfig) -> None:
         super().__init__(config)
         core = accelerate(VQGAN(vq_shape(config)))
-        for name, child in core.named_children():
-            self.add_module(name, child)
         # The same modules with the core's methods; unregistered, or each key would appear twice.
+        # One dict for both, so that a module that a quantiser replaces is replaced in both.
         self.__dict__["vqgan"] = core
+        self._modules = core._modules
         self.quantize.beta = getattr(config, "beta", 0.25)
         self.eval()
         self.post_init()
@@ -380,6 +377,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
             return self._encode(pixel_values)
 
     def _encode(self, pixel_values: Tensor) -> ChameleonVQVAEModelOutput:
+        self._keep_codebook()
         with torch_convolutions():
             hidden = self.encoder(pixel_values.to(self.quant_conv.weight.dtype))
             quantized, loss, codes = self.quantize(self.quant_conv(hidden))
@@ -393,12 +391,17 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
     def decode(self, codes: Tensor) -> Tensor:
         """Images of codes [B, y, x]: [B, C, Y, X], in about [-1, 1] and not clamped. Raises
         `ImageError` for a code outside the codebook, `CheckpointError` without a decoder."""
+        self._keep_codebook()
         return self.core.decode(codes)
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
-        """As `encode`."""
-        out: ChameleonVQVAEModelOutput = self.encode(pixel_values, **kwargs)
-        return out
+    def forward(
+        self, pixel_values: Tensor | None = None, codes: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As `encode`; as `decode` if only `codes` are given. Unlike those, it runs the hooks of
+        this module, with which FSDP and accelerate load its weights."""
+        if pixel_values is None and codes is not None:
+            return self.decode(codes)
+        return self.encode(pixel_values, **kwargs)
 
     @property
     def core(self) -> VQGAN:
@@ -408,15 +411,15 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
 
     def drop_decoder(self) -> None:
         """Remove the decoder; `decode` then raises `CheckpointError`."""
+        del self.decoder
         for module in (self, self.core):
             # A registered None would silently accept a decoder's weights; an attribute does not.
-            del module.decoder
             module.decoder = None
 
-    def keep_codebook(self) -> None:
+    def _keep_codebook(self) -> None:
         """Exclude the codebook from accelerate's offloading, which only loads called modules."""
         embedding = self.quantize.embedding
-        if embedding.weight.is_meta:
+        if embedding.weight.is_meta and hasattr(embedding, "_hf_hook"):
             from accelerate.hooks import remove_hook_from_module  # type: ignore
 
             with torch.no_grad():
@@ -504,13 +507,13 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Token ids [B, y * x] of images, without begin and end."""
-        codes = self.vqmodel.encode(pixel_values, return_dict=True).image_tokens
+        codes = self.vqmodel(pixel_values, return_dict=True).image_tokens
         return self.vocabulary_mapping.convert_img2bpe(codes).view(len(pixel_values), -1)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """The VQ-GAN's output; its `pooler_output` is the images' embeddings [B, y * x, D]."""
-        outputs = self.vqmodel.encode(pixel_values, return_dict=True, **kwargs)
+        outputs = self.vqmodel(pixel_values, return_dict=True, **kwargs)
         tokens = self.to_token_ids(outputs).view(len(pixel_values), -1)
         outputs.pooler_output = self.get_input_embeddings()(tokens)
         return outputs
@@ -527,7 +530,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         rows = [self._last_image(row, height * width) for row in image_tokens]
         codes = self.vocabulary_mapping.convert_bpe2img(torch.stack(rows))
         with torch.no_grad():
-            return self.vqmodel.decode(codes.view(-1, height, width))
+            return cast("Tensor", self.vqmodel(codes=codes.view(-1, height, width)))
 
     def fill_image_tokens(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """`input_ids` with the images' own tokens in place of the placeholders."""
