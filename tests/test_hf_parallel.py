@@ -1,4 +1,4 @@
-"""transformers' tensor parallelism over two processes gives what one process gives."""
+"""transformers' tensor parallelism and FSDP2 give what one plain process gives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_hf_models import stock_model
+from torch import distributed
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from wide import example, wide_folder
 
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import SettingError
@@ -127,3 +131,26 @@ def test_a_transformers_that_cannot_cut_norms(monkeypatch: pytest.MonkeyPatch) -
     tensor_parallel.check_processes(PRESETS["tiny"], 1)
     with pytest.raises(SettingError, match="cannot share the norms of heads between 2 processes"):
         tensor_parallel.check_processes(PRESETS["tiny"], 2)
+
+
+def test_fsdp2_shards_the_image_tokenizer_by_itself(tmp_path: Path) -> None:
+    """As trainers do, which wrap the classes in `_no_split_modules`."""
+    folder = wide_folder(tmp_path)
+    inputs, whole = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
+    model = ChameleonForConditionalGeneration.from_pretrained(folder)
+    expected = whole(**inputs, labels=inputs["input_ids"]).loss
+    codes = whole.get_image_tokens(inputs["pixel_values"])
+    pixels = whole.decode_image_tokens(codes)
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(model.model.vqmodel)
+        fully_shard(model, mp_policy=policy)
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=0.02, atol=0, check_dtype=False)
+        assert torch.equal(model.get_image_tokens(inputs["pixel_values"]), codes)
+        torch.testing.assert_close(model.decode_image_tokens(codes), pixels, rtol=1e-4, atol=1e-4)
+    finally:
+        distributed.destroy_process_group()
