@@ -485,7 +485,7 @@ void attention_scores_few(const CachedHead<T>& k, const float* q, int64_t q_stri
 
 #if defined(USE_AVX512)
 const int MAX_QUERIES = 32;
-const int FEW_QUERIES = 10;  // for these, `scores_microkernel` is faster
+const int FEW_QUERIES = 10;  // up to these, `scores_microkernel` is faster than a group of 16
 
 // out [8, 16] = keys [8, H] . queries [H, 16] * scale. A lane is a query. The 16 partial sums of a
 // score are computed one after the other and added up in the order of all kernels, as in
@@ -628,7 +628,11 @@ void weighted_values_tile(const CachedHead<T>& v, const float* weights, int64_t 
   v.for_each_block(length, [&](int64_t first, int64_t here, const T* at, const NextKV<T>&) {
     for (int64_t x = 0, nq; x < count; x += nq) {
       const int64_t left = count - x;
-      nq = left >= max_nq ? max_nq : left >= 8 && LANES == 16 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      nq = left >= max_nq              ? max_nq
+           : left >= 8 && LANES == 16 ? 8
+           : left >= 4                ? 4
+           : left >= 2                ? 2
+                                      : 1;
       const auto kernel = nq == 12  ? weighted_values_rows<12, T>
                           : nq == 8 ? weighted_values_rows<8, T>
                           : nq == 4 ? weighted_values_rows<4, T>
