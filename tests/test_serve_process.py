@@ -8,6 +8,8 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -107,6 +109,21 @@ def test_images_are_decoded_in_a_process_that_may_end(server: Running) -> None:
     assert tokens == list(mini().request([Message("user", codes)], "text", max_tokens=1).ids)
     [second] = wait_for_process()
     assert second.pid != first.pid
+
+
+@pytest.mark.parametrize(("threads", "left"), [(8, 2), (2, 1)])
+def test_images_are_decoded_on_a_quarter_of_the_cores(threads: int, left: int) -> None:
+    code = (
+        "import socket, torch\n"
+        "from earlyfusion.serve import decoder\n"
+        "ours, theirs = socket.socketpair()\n"
+        "ours.close()\n"  # the server has ended, and so does the decoder
+        f"torch.set_num_threads({threads})\n"
+        "decoder._run(theirs, None)\n"
+        "print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == (f"{left}\n", 0), done.stderr
 
 
 def test_images_are_read_in_the_servers_process(server: Running) -> None:

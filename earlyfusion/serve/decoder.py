@@ -20,6 +20,8 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from typing import BinaryIO, NamedTuple, TypeAlias
 
+import torch
+
 from earlyfusion.api import Chameleon
 from earlyfusion.generation.request import ImageDone, ImagePreview
 from earlyfusion.serve.image_io import encode_image
@@ -184,6 +186,9 @@ def _run(connection: socket.socket, model: Chameleon) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield_to_others()
+    # All threads of a step of the engine wait for the slowest: an image decoded on all cores would
+    # stop the engine again and again.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 4))
     try:
         with connection, connection.makefile("rb") as stream:
             connection.sendall(b"\0")
