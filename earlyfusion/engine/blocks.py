@@ -99,7 +99,7 @@ class BlockPool:
         self.size, self.prefix_caching = size, True
         self.references = [0] * number  # branches that use each block
         self._empty = list(range(number - 1, -1, -1))  # the last one is taken first
-        self.num_touched = 0  # blocks that were ever taken: they are the first ones
+        self.num_ever_taken = 0  # blocks that branches have used so far: they are the first ones
         # Dicts without values serve as ordered sets.
         self._cached: dict[int, None] = {}  # unused blocks with content, least recently used first
         self._content: list[_Content | None] = [None] * number
@@ -203,7 +203,7 @@ class BlockPool:
     def _allocate(self) -> int:
         if self._empty:
             block = self._empty.pop()
-            self.num_touched = max(self.num_touched, block + 1)
+            self.num_ever_taken = max(self.num_ever_taken, block + 1)
         else:
             block = next(iter(self._cached))
             del self._cached[block]

@@ -296,8 +296,8 @@ class Engine:
                 pool.blocks_for(self.context_tokens),
                 TOUCHED_AHEAD // self.cache_size.block_bytes,
             )
-            block = max(self._num_touched, pool.num_touched)
-            if block >= min(pool.num_touched + ahead, len(pool)):
+            block = max(self._num_touched, pool.num_ever_taken)
+            if block >= min(pool.num_ever_taken + ahead, len(pool)):
                 return False
             self.runner.clear([block])
             self._num_touched = block + 1
