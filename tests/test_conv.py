@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -62,10 +64,9 @@ def test_equals_a_direct_convolution(size: tuple[int, ...], count: int, threads:
         F.group_norm(first, norm.num_groups, norm.weight.double(), norm.bias.double(), 1e-6)
     )
     expected = double(swished) + plus.permute(0, 3, 1, 2)
-    before = norm_factors(norm, x_BYXC)
-    assert close(conv3x3(x_BYXC, *weights, before, plus), expected)
+    assert close(conv3x3(x_BYXC, *weights, norm, plus), expected)
     if c == k:
-        result = conv3x3(x_BYXC, *weights, before, plus, in_place=True)
+        result = conv3x3(x_BYXC, *weights, norm, plus, in_place=True)
         assert result is x_BYXC and close(result, expected)
 
 
@@ -132,16 +133,16 @@ def test_an_image_depends_neither_on_threads_nor_on_other_images(
 
 
 @needs_compiler
+@torch.no_grad()
 def test_swish_holds_at_both_ends() -> None:
     x = torch.tensor([-1e4, -100.0, -88, -20, -1, -1e-8, 0, 1e-8, 1, 20, 88, 100, 1e4])
-    norm = nn.GroupNorm(1, 16)
     image = x.view(1, 1, -1, 1).repeat(1, 4, 1, 16)[:, :, :12].contiguous()
+    norm = nn.GroupNorm(1, 16)  # that changes nothing
+    norm.weight.fill_(image.std(correction=0))
+    norm.bias.fill_(image.mean())
     weight = torch.zeros(16, 16, 3, 3)
     weight[torch.arange(16), torch.arange(16), 1, 1] = 1
-    before = norm_factors(norm, image)._replace(
-        scale_BC=torch.ones(1, 16), shift_BC=torch.zeros(1, 16)
-    )
-    result = conv3x3(image, weight, torch.zeros(16), before)
+    result = conv3x3(image, weight, torch.zeros(16), norm)
     # A tile's largest value sets the rounding of its others.
     torch.testing.assert_close(result[..., 4:8, :], F.silu(image)[..., 4:8, :], rtol=0, atol=2e-4)
     assert result.isfinite().all()
@@ -192,6 +193,41 @@ def test_weights_changed_in_place_count_at_once(monkeypatch: pytest.MonkeyPatch)
     assert not alike(before, after)
     monkeypatch.setattr(fast, "available", lambda: False)
     assert alike(vqgan.latents(pixels), after)
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 3])
+def test_kept_filters_are_those_of_the_weights(count: int, threads: None) -> None:
+    torch.set_num_threads(count)
+    conv, x = nn.Conv2d(32, 48, 3), torch.randn(1, 8, 8, 32)
+    bias_K = cast("Tensor", conv.bias)
+
+    def kept() -> Tensor:
+        return conv3x3(x, conv.weight, bias_K, owner=conv)
+
+    for change in range(4):
+        assert torch.equal(kept(), conv3x3(x, conv.weight, bias_K))
+        assert torch.equal(kept(), conv3x3(x, conv.weight, bias_K))  # now from kept filters
+        # `data` does not count as a change of the parameter, the last element is another thread's.
+        conv.weight.data.flatten()[[0, -1][change % 2]] += 0.5
+        if change == 2:
+            conv.weight = nn.Parameter(torch.randn(16, 32, 3, 3))
+            bias_K = torch.zeros(16)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_filters_are_kept_for_small_images_as_long_as_their_module_lives() -> None:
+    small, wide = nn.Conv2d(32, 32, 3), nn.Conv2d(256, 256, 3)
+    for module, side in ((small, 64), (wide, 8), (small, 32)):
+        x = torch.randn(1, side, side, module.in_channels)
+        conv3x3(x, module.weight, cast("Tensor", module.bias), owner=module)
+        assert (module in conv._kept_filters) == (side == 32)
+    filters = weakref.ref(conv._kept_filters[small].transformed)
+    del small, module
+    gc.collect()
+    assert filters() is None
 
 
 @needs_compiler

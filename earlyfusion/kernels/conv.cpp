@@ -5,6 +5,9 @@
 // Each value is computed by the same instructions in the same order, whatever the number of threads
 // and the other images of the batch.
 //
+// The transformed filters may be kept from call to call, with a copy of the weights that they were
+// computed from: where the weights differ from it, they are computed again.
+//
 // 3 x 3: a thread has a range of tile rows. A group of tile rows is read once, with norm and swish
 // or upsampling, into `padded_rows`. Then each block of tiles goes through the input transform, the
 // 36 GEMMs of the transformed domain, and the output transform while it is in the cache. The rows
@@ -18,9 +21,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -30,7 +35,7 @@
 namespace {
 
 // POINTS: elements of a transformed tile; TILE_BLOCK: tiles in the cache at once.
-constexpr int64_t VECTOR = 16, POINTS = 36, TILE_BLOCK = 48;
+constexpr int64_t VECTOR = 16, POINTS = 36, TILE_BLOCK = 36;
 // Two of the interpolation points, sqrt(1/2) and sqrt(2).
 constexpr float POINT_A = 0.70710678118654752f, POINT_B = 1.41421356237309505f;
 
@@ -131,21 +136,28 @@ struct Conv {
 
 void transform_filters(const Conv& conv, float* filters) {
   const int64_t panel = conv.panel(), panels = conv.columns() / panel, vectors = panel / VECTOR;
+  // Of VECTOR input channels: stores to 36 places that are a power of two apart evict each other.
+  Buffer block(POINTS * VECTOR * panel);
 #pragma omp for collapse(2)
   for (int64_t p = 0; p < panels; ++p)
-    for (int64_t v = 0; v < vectors; ++v)
-      for (int64_t c = 0; c < conv.C; ++c) {
-        floats16 w[9] = {}, rows[18], points[POINTS];
-        const int64_t k = p * panel + v * VECTOR, lanes = std::min(VECTOR, conv.K - k);
-        const float* from = conv.weight + (k * conv.C + c) * 9;
-        for (int64_t i = 0; i < lanes; ++i)
-          for (int64_t s = 0; s < 9; ++s) w[s][i] = from[i * conv.C * 9 + s];
-        // rows: transformed along y, [column of the filter][6]
-        for (int64_t s = 0; s < 3; ++s) filter_transform(w + s, 3, rows + 6 * s);
-        for (int64_t y = 0; y < 6; ++y) filter_transform(rows + y, 6, points + 6 * y);
-        for (int64_t q = 0; q < POINTS; ++q)
-          store(filters + ((q * panels + p) * conv.C + c) * panel + v * VECTOR, points[q]);
-      }
+    for (int64_t first = 0; first < conv.C; first += VECTOR) {
+      for (int64_t v = 0; v < vectors; ++v)
+        for (int64_t c = 0; c < VECTOR; ++c) {
+          floats16 w[9] = {}, rows[18], points[POINTS];
+          const int64_t k = p * panel + v * VECTOR, lanes = std::min(VECTOR, conv.K - k);
+          const float* from = conv.weight + (k * conv.C + first + c) * 9;
+          for (int64_t i = 0; i < lanes; ++i)
+            for (int64_t s = 0; s < 9; ++s) w[s][i] = from[i * conv.C * 9 + s];
+          // rows: transformed along y, [column of the filter][6]
+          for (int64_t s = 0; s < 3; ++s) filter_transform(w + s, 3, rows + 6 * s);
+          for (int64_t y = 0; y < 6; ++y) filter_transform(rows + y, 6, points + 6 * y);
+          for (int64_t q = 0; q < POINTS; ++q)
+            store(block.data + (q * VECTOR + c) * panel + v * VECTOR, points[q]);
+        }
+      for (int64_t q = 0; q < POINTS; ++q)
+        std::memcpy(filters + ((q * panels + p) * conv.C + first) * panel,
+                    block.data + q * VECTOR * panel, VECTOR * panel * 4);
+    }
 }
 
 // ---- a block of tiles
@@ -221,6 +233,8 @@ void gemm(const float* a, const float* b, float* out, int64_t count, const Conv&
     int64_t t = 0;
     for (; t + 6 <= count; t += 6)
       microkernel<6, NV>(a + t * depth, panel, out + t * columns + k, depth, columns);
+    for (; t + 4 <= count; t += 4)  // an image of 8 x 8 has four tiles
+      microkernel<4, NV>(a + t * depth, panel, out + t * columns + k, depth, columns);
     for (; t + 2 <= count; t += 2)
       microkernel<2, NV>(a + t * depth, panel, out + t * columns + k, depth, columns);
     if (t < count) microkernel<1, NV>(a + t * depth, panel, out + t * columns + k, depth, columns);
@@ -392,6 +406,48 @@ void sum_moments(const float* x, int64_t count, int64_t C, float* partial, doubl
   }
 }
 
+// A group norm of x [B, N, C] as scale and shift [B, C] per image and channel, so that it is
+// x * scale + shift.
+struct GroupNorm {
+  const float *x, *weight, *bias;
+  float *scale, *shift;
+  int64_t B, N, C, groups;
+  double eps;
+
+  int64_t parts() const { return (N + SUM_PIXELS - 1) / SUM_PIXELS; }
+  int64_t num_sums() const { return B * parts() * 2 * C; }
+
+  // For all threads of a team; `sums` is scratch for `num_sums()` doubles. Ends with a barrier.
+  void run(double* sums) const {
+    const int64_t group_size = C / groups;
+    Buffer partial(2 * C);
+#pragma omp for
+    for (int64_t i = 0; i < B * parts(); ++i) {
+      const int64_t b = i / parts(), first = i % parts() * SUM_PIXELS;
+      sum_moments(x + (b * N + first) * C, std::min(SUM_PIXELS, N - first), C, partial.data,
+                  sums + i * 2 * C);
+    }
+#pragma omp for
+    for (int64_t b = 0; b < B; ++b) {
+      double* all = sums + b * parts() * 2 * C;
+      for (int64_t i = 1; i < parts(); ++i)
+        for (int64_t c = 0; c < 2 * C; ++c) all[c] += all[i * 2 * C + c];
+      for (int64_t g = 0; g < groups; ++g) {
+        double mean = 0, square = 0;
+        for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c)
+          mean += all[c], square += all[C + c];
+        mean /= N * group_size, square /= N * group_size;
+        // Mean square minus squared mean: its cancellation does no harm in doubles.
+        const double factor = 1 / std::sqrt(std::max(square - mean * mean, 0.0) + eps);
+        for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
+          scale[b * C + c] = float(factor * weight[c]);
+          shift[b * C + c] = float(bias[c] - mean * factor * weight[c]);
+        }
+      }
+    }
+  }
+};
+
 }  // namespace
 
 // out [N, K] = x [N, C] . weight [K, C]^T + bias + plus, where `plus` may be null; C is a multiple
@@ -410,53 +466,33 @@ extern "C" void earlyfusion_conv1x1(const float* x, const float* weight, const f
   }
 }
 
-// A group norm of x [B, N, C] as scale and shift [B, C] per image and channel. `sums` is scratch
-// for 2 * B * C doubles per SUM_PIXELS pixels of an image, rounded up.
+// A group norm of x [B, N, C] as scale and shift [B, C] per image and channel.
 extern "C" void earlyfusion_group_norm(const float* x, const float* weight, const float* bias,
-                                       float* scale, float* shift, double* sums, double eps,
-                                       int64_t B, int64_t N, int64_t C, int64_t groups,
-                                       int64_t threads) {
-  const int64_t parts = (N + SUM_PIXELS - 1) / SUM_PIXELS, group_size = C / groups;
+                                       float* scale, float* shift, double eps, int64_t B, int64_t N,
+                                       int64_t C, int64_t groups, int64_t threads) {
+  const GroupNorm norm{x, weight, bias, scale, shift, B, N, C, groups, eps};
+  std::vector<double> sums(norm.num_sums());
 #pragma omp parallel num_threads(threads)
-  {
-    Buffer partial(2 * C);
-#pragma omp for
-    for (int64_t i = 0; i < B * parts; ++i) {
-      const int64_t b = i / parts, first = i % parts * SUM_PIXELS;
-      sum_moments(x + (b * N + first) * C, std::min(SUM_PIXELS, N - first), C, partial.data,
-                  sums + i * 2 * C);
-    }
-#pragma omp for
-    for (int64_t b = 0; b < B; ++b) {
-      double* all = sums + b * parts * 2 * C;
-      for (int64_t i = 1; i < parts; ++i)
-        for (int64_t c = 0; c < 2 * C; ++c) all[c] += all[i * 2 * C + c];
-      for (int64_t g = 0; g < groups; ++g) {
-        double mean = 0, square = 0;
-        for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c)
-          mean += all[c], square += all[C + c];
-        mean /= N * group_size, square /= N * group_size;
-        // Mean square minus squared mean: its cancellation does no harm in doubles.
-        const double factor = 1 / std::sqrt(std::max(square - mean * mean, 0.0) + eps);
-        for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
-          scale[b * C + c] = float(factor * weight[c]);
-          shift[b * C + c] = float(bias[c] - mean * factor * weight[c]);
-        }
-      }
-    }
-  }
+  norm.run(sums.data());
 }
 
-// A 3 x 3 convolution with a border of zeros. `filters` is scratch for 36 * C * K floats, K rounded
-// up to a multiple of 16. `plus` may be null, and so may `scale` and `shift` [B, C], the norm that
-// comes with a swish before the convolution.
+// A 3 x 3 convolution with a border of zeros. `plus` may be null, and so may `norm_weight` and
+// `norm_bias` [C] of a group norm, which comes with a swish before the convolution. `filters` is
+// for 36 * C * K floats, K rounded up to a multiple of 16. If they are kept from call to call,
+// `filters_of` has the weights that they were computed from; else it is null.
 extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const float* bias,
-                                    const float* plus, const float* scale, const float* shift,
-                                    float* out, float* filters, int64_t B, int64_t Y, int64_t X,
-                                    int64_t C, int64_t K, int64_t upsample, int64_t threads) {
-  const Conv conv{x, weight, bias, plus, scale, shift, out, B, Y, X, C, K, upsample};
+                                    const float* plus, const float* norm_weight,
+                                    const float* norm_bias, float* out, float* filters,
+                                    float* filters_of, double eps, int64_t groups, int64_t B,
+                                    int64_t Y, int64_t X, int64_t C, int64_t K, int64_t upsample,
+                                    int64_t threads) {
   const int64_t rows = B * Y / 4, row_size = X * C;
-  Buffer halo(threads * 2 * row_size);
+  Buffer halo(threads * 2 * row_size), factors(norm_weight ? 2 * B * C : 0);
+  float *scale = norm_weight ? factors.data : nullptr, *shift = factors.data + B * C;
+  const GroupNorm norm{x, norm_weight, norm_bias, scale, shift, B, Y * X, C, groups, eps};
+  std::vector<double> sums(norm_weight ? norm.num_sums() : 0);
+  const Conv conv{x, weight, bias, plus, scale, shift, out, B, Y, X, C, K, upsample};
+  std::atomic<bool> is_stale{filters_of == nullptr};
   use_large_pages(filters, POINTS * C * conv.columns());
   if (out != x) use_large_pages(out, B * Y * X * K);
 #pragma omp parallel num_threads(threads)
@@ -471,8 +507,15 @@ extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const f
       if (above >= 0) std::memcpy(own_halo, source_row(conv, b, above), bytes);
       if (below < Y) std::memcpy(own_halo + row_size, source_row(conv, end, below), bytes);
     }
-    // Ends with a barrier, so that all halos are copied before any thread writes.
-    transform_filters(conv, filters);
+    const int64_t first = K * C * 9 * id / all, bytes = (K * C * 9 * (id + 1) / all - first) * 4;
+    if (filters_of && std::memcmp(weight + first, filters_of + first, bytes)) is_stale = true;
+    if (norm_weight) norm.run(sums.data());
+    // All halos are copied before any thread writes, and all weights compared.
+#pragma omp barrier
+    if (is_stale) {
+      transform_filters(conv, filters);  // ends with a barrier
+      if (filters_of) std::memcpy(filters_of + first, weight + first, bytes);
+    }
     convolve(conv, filters, from, to, own_halo);
   }
 }

@@ -9,7 +9,9 @@ inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
 - a block of tiles goes through all steps while it is in the processor's cache, so that norm, swish,
   upsampling and the sum with the shortcut need no extra pass over memory, and the result may
   overwrite the input;
-- the filters are transformed in each call: weights may be trained or loaded in place;
+- where the transform of the filters takes long beside the products, because an image is small, its
+  result is kept and used again as long as the weights have not changed, which each call compares:
+  weights may be trained or loaded in place;
 - a value depends neither on the number of threads nor on the other images, so that the same codes
   always give the same pixels; therefore 1 x 1 convolutions and the sums of norms are here too:
   torch's differ in the last bit;
@@ -39,7 +41,8 @@ from torch import Tensor, nn
 from earlyfusion.kernels import native
 
 _POINTS, _VECTOR = 36, 16  # elements of a transformed tile, floats of a vector
-_SUM_PIXELS = 1024  # pixels of an image that share one sum, as in conv.cpp
+# Transformed filters are kept for convolutions of at most 64 tiles, if they take at most 4 MB.
+_KEPT_TILES, _KEPT_ELEMENTS = 64, 1 << 20
 
 
 class Factors(NamedTuple):
@@ -47,6 +50,14 @@ class Factors(NamedTuple):
 
     scale_BC: Tensor
     shift_BC: Tensor
+
+
+class _Filters(NamedTuple):
+    """The transformed filters of a convolution, and a copy of the weights they come from. Until
+    the first call they are NaN, as weights that equal NaN give NaN."""
+
+    transformed: Tensor
+    weight_KC33: Tensor
 
 
 class _Pool:
@@ -81,6 +92,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+_kept_filters: weakref.WeakKeyDictionary[nn.Module, _Filters] = weakref.WeakKeyDictionary()
 
 
 def available() -> bool:
@@ -129,28 +141,42 @@ def conv3x3(
     x_BYXC: Tensor,
     weight_KC33: Tensor,
     bias_K: Tensor,
-    before: Factors | None = None,
+    norm: nn.GroupNorm | None = None,
     plus_BYXK: Tensor | None = None,
     upsample: bool = False,
     in_place: bool = False,
+    owner: nn.Module | None = None,
 ) -> Tensor:
     """A convolution with zero padding of one pixel: [B, Y, X, K] in fp32.
 
     C must be a multiple of 16, height and width of the result multiples of 4. With `upsample`, the
     input is first upsampled to twice its size (nearest neighbour), so the result is [B, 2Y, 2X, K].
-    With `before`, a norm of these factors and a swish come before the convolution; not possible
-    with `upsample`. `plus` is added to the result. `in_place` writes the result over `x`, which
-    needs C = K and no `upsample`.
+    With `norm`, this norm and a swish come before the convolution; not possible with `upsample`.
+    `plus` is added to the result. `in_place` writes the result over `x`, which needs C = K and no
+    `upsample`. `owner` is the module of the weights, for which transformed filters may be kept.
     """
     b, y, x, c = x_BYXC.shape
     y, x = (2 * y, 2 * x) if upsample else (y, x)
     k = len(weight_KC33)
     out_BYXK = x_BYXC if in_place else empty(b, y, x, k)
-    inputs = (x_BYXC, weight_KC33, bias_K, plus_BYXK, *(before or (None, None)))
-    filters = empty(_POINTS * c * -(-k // _VECTOR) * _VECTOR)
-    sizes = (b, y, x, c, k, int(upsample))
-    _call("conv3x3", inputs, (out_BYXK, filters), *sizes)
+    norm_weights = (None, None) if norm is None else (norm.weight, norm.bias)
+    inputs = (x_BYXC, weight_KC33, bias_K, plus_BYXK, *norm_weights)
+    size = _POINTS * c * -(-k // _VECTOR) * _VECTOR
+    if owner is None or b * y * x > 16 * _KEPT_TILES or size > _KEPT_ELEMENTS:
+        filters: tuple[Tensor, Tensor | None] = empty(size), None
+    else:
+        filters = _filters_of(owner, weight_KC33, size)
+    numbers = (0.0, 1) if norm is None else (norm.eps, norm.num_groups)
+    _call("conv3x3", inputs, (out_BYXK, *filters), *numbers, b, y, x, c, k, int(upsample))
     return out_BYXK
+
+
+def _filters_of(owner: nn.Module, weight_KC33: Tensor, size: int) -> _Filters:
+    kept = _kept_filters.get(owner)
+    if kept is None or kept.weight_KC33.shape != weight_KC33.shape:
+        kept = _Filters(_new(size).fill_(math.nan), _new(*weight_KC33.shape).fill_(math.nan))
+        _kept_filters[owner] = kept
+    return kept
 
 
 def conv1x1(
@@ -170,21 +196,23 @@ def norm_factors(norm: nn.GroupNorm, x_BYXC: Tensor) -> Factors:
     16."""
     b, y, x, c = x_BYXC.shape
     factors = Factors(_new(b, c), _new(b, c))
-    sums = x_BYXC.new_empty(b, -(-y * x // _SUM_PIXELS), 2, c, dtype=torch.float64)
-    _call("group_norm", (x_BYXC, norm.weight, norm.bias), (*factors, sums),
+    _call("group_norm", (x_BYXC, norm.weight, norm.bias), factors,
           norm.eps, b, y * x, c, norm.num_groups)  # fmt: skip
     return factors
 
 
 def _call(
-    name: str, inputs: Sequence[Tensor | None], results: Sequence[Tensor], *sizes: int | float
+    name: str,
+    inputs: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
+    *numbers: int | float,
 ) -> None:
     library = _library()
     assert library is not None, "available() says whether this can be called"
     # Keeps copies alive until the call returns, as it only gets addresses.
     contiguous = [None if t is None else t.contiguous() for t in inputs]
     pointers = [None if t is None else t.data_ptr() for t in (*contiguous, *results)]
-    getattr(library, f"earlyfusion_{name}")(*pointers, *sizes, torch.get_num_threads())
+    getattr(library, f"earlyfusion_{name}")(*pointers, *numbers, torch.get_num_threads())
 
 
 @cache
@@ -192,9 +220,9 @@ def _library() -> ctypes.CDLL | None:
     library = native.load(Path(__file__).with_name("conv.cpp"))
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.earlyfusion_conv3x3.argtypes = [pointer] * 8 + [number] * 7
+        library.earlyfusion_conv3x3.argtypes = [pointer] * 9 + [ctypes.c_double] + [number] * 8
         library.earlyfusion_conv1x1.argtypes = [pointer] * 6 + [number] * 4
-        library.earlyfusion_group_norm.argtypes = [pointer] * 6 + [ctypes.c_double] + [number] * 5
+        library.earlyfusion_group_norm.argtypes = [pointer] * 5 + [ctypes.c_double] + [number] * 5
         for function in ("conv3x3", "conv1x1", "group_norm"):
             getattr(library, f"earlyfusion_{function}").restype = None
     return library

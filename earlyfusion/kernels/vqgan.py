@@ -79,10 +79,8 @@ class Upsample(vqgan.Upsample):
             return super().forward(x_BCYX)
         if not _is_compiled(x_BCYX, self.conv, scale=2):
             return _per_image(super().forward, x_BCYX)
-        bias_K = cast("Tensor", self.conv.bias)
-        return _channels_first(
-            conv3x3(_channels_last(x_BCYX), self.conv.weight, bias_K, upsample=True)
-        )
+        x_BYXC, conv, bias_K = _channels_last(x_BCYX), self.conv, cast("Tensor", self.conv.bias)
+        return _channels_first(conv3x3(x_BYXC, conv.weight, bias_K, upsample=True, owner=conv))
 
 
 class Encoder(vqgan.Encoder):
@@ -187,9 +185,9 @@ def _swish_conv(
     if _is_plain(norm) and _is_compiled(x_BCYX, conv):
         x_BYXC = _channels_last(x_BCYX)
         plus_BYXC = None if plus_BCYX is None else _channels_last(plus_BCYX)
-        before, bias_K = norm_factors(norm, x_BYXC), cast("Tensor", conv.bias)
+        bias_K = cast("Tensor", conv.bias)
         return _channels_first(
-            conv3x3(x_BYXC, conv.weight, bias_K, before, plus_BYXC, in_place=in_place)
+            conv3x3(x_BYXC, conv.weight, bias_K, norm, plus_BYXC, in_place=in_place, owner=conv)
         )
     # In place is safe below: the convolution's result is new.
     out = _per_image(lambda x: conv(F.silu(norm(x))), x_BCYX)
@@ -216,4 +214,4 @@ def _conv3x3(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
         return _per_image(conv, x_BCYX.to(memory_format=torch.channels_last))
     x_BYXC = F.pad(x_BCYX.permute(0, 2, 3, 1), (0, missing))
     weight_KC33 = F.pad(conv.weight, (0, 0, 0, 0, 0, missing))
-    return _channels_first(conv3x3(x_BYXC, weight_KC33, cast("Tensor", conv.bias)))
+    return _channels_first(conv3x3(x_BYXC, weight_KC33, cast("Tensor", conv.bias), owner=conv))
