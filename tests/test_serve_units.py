@@ -49,9 +49,10 @@ from earlyfusion.serve.protocol import (
     DetokenizeRequest,
     EditRequest,
     GenerationRequest,
+    ImageSampling,
     ResponseRequest,
-    Sampling,
     StrictModel,
+    TextSampling,
     TokenizeRequest,
     read,
 )
@@ -307,9 +308,9 @@ def test_lenient_ignores_what_is_unknown_and_says_so() -> None:
 
 
 def test_forms_have_their_numbers_as_text() -> None:
-    body = {"prompt": "a", "n": "2", "temperature": "0.5", "stream": "true", "seed": "3"}
+    body = {"prompt": "a", "n": "2", "image_top_p": "0.5", "stream": "true", "seed": "3"}
     plain, _ = read(EditRequest, body, text=True)
-    assert (plain.n, plain.temperature, plain.stream, plain.seed) == (2, 0.5, True, 3)
+    assert (plain.n, plain.image_top_p, plain.stream, plain.seed) == (2, 0.5, True, 3)
 
 
 # --- image URLs ---
@@ -846,13 +847,14 @@ def test_the_log_has_all_that_is_said() -> None:
 
 def test_sampling_fields_of_requests_are_those_of_the_model() -> None:
     params = get_type_hints(SamplingParams)
-    fields = {name: field.annotation for name, field in Sampling.model_fields.items()}
+    declared = TextSampling.model_fields | ImageSampling.model_fields
+    fields = {name: field.annotation for name, field in declared.items()}
     # Some routes take these in OpenAI's form, or not at all: they are declared there.
-    elsewhere = {"max_tokens", "max_images", "stop", "bad_words", "allowed_words", "logprobs"}
-    elsewhere |= {"json_schema", "regex", "grammar", "logits_processors"}
-    assert fields == {
-        name: annotation for name, annotation in params.items() if name not in elsewhere
-    }
+    elsewhere = {"max_tokens", "logprobs", "json_schema", "regex", "grammar", "logits_processors"}
+    # These have a type of JSON.
+    differing = {"stop", "bad_words", "allowed_words"}
+    assert set(fields) == set(params) - elsewhere
+    assert all(fields[name] == params[name] for name in set(fields) - differing)
 
 
 def test_engines_of_one_machine_share_the_default_cache(monkeypatch: pytest.MonkeyPatch) -> None:

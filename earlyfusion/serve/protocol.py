@@ -72,27 +72,26 @@ def _check_compression(output_format: Format, compression: int) -> None:
 
 
 class Sampling(StrictModel):
-    """The fields of `SamplingParams` that all generating routes share; it checks their values."""
+    """Fields of `SamplingParams`, which checks their values. A route that generates text has those
+    of `TextSampling`, one that generates images those of `ImageSampling`."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that are set, without the seed."""
+        kinds = (kind for kind in (TextSampling, ImageSampling) if isinstance(self, kind))
+        names = {name for kind in kinds for name in kind.model_fields} - {"seed"}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class ImageSampling(Sampling):
     image_temperature: float | None = None
     image_top_p: float | None = None
     image_top_k: int | None = None
     guidance_text: float | None = None
     guidance_image: float | None = None
     jacobi: int | None = None
-    prompt_lookup: int | None = None
     negative_prompt: str | None = None
-    seed: int | None = None
-
-    def sampling(self) -> dict[str, Any]:
-        """The fields that are set, without the seed."""
-        names = set(Sampling.model_fields) - {"seed"}
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 # --- Constraints on the text of a reply ---
@@ -188,17 +187,19 @@ TextConstraint: TypeAlias = AnyObject | NamedSchema | FlatSchema | Pattern | Lar
 
 
 class TextSampling(Sampling):
-    """`Sampling` with the fields for replies that may hold text."""
-
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    prompt_lookup: int | None = None
     max_images: int | None = None
     stop: _Strings | None = None
     bad_words: list[str] | None = None
     allowed_words: list[str] | None = None
 
     def sampling(self) -> dict[str, Any]:
-        names = ("max_images", "stop", "bad_words", "allowed_words")
-        fields = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return super().sampling() | fields | self._constraint_fields()
+        return super().sampling() | self._constraint_fields()
 
     def _text_format(self) -> PlainText | TextConstraint | None:
         """The field that constrains the text, if any."""
@@ -348,7 +349,7 @@ _CHAT_WHY_NOT = {
 }
 
 
-class ChatRequest(TextSampling, IgnoredFields):
+class ChatRequest(TextSampling, ImageSampling, IgnoredFields):
     """/v1/chat/completions."""
 
     neutral = _CHAT_NEUTRAL
@@ -401,6 +402,10 @@ class CompletionRequest(TextSampling, IgnoredFields):
         "suffix": "the model writes forward only: leave it out",
         "echo": "only false is possible: put the prompt before the text yourself",
         "best_of": "only 1 is possible: use n, and choose",
+        **dict.fromkeys(
+            set(ImageSampling.model_fields) - {"seed"},
+            "this route generates text only: use /v1/chat/completions, or leave it out",
+        ),
     }
 
     prompt: Annotated[
@@ -430,7 +435,7 @@ class CompletionRequest(TextSampling, IgnoredFields):
 # --- Images ---
 
 
-class ImageOptions(Sampling, IgnoredFields):
+class ImageOptions(ImageSampling, IgnoredFields):
     """The fields that generations, edits and variations share."""
 
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
@@ -451,6 +456,14 @@ class ImageOptions(Sampling, IgnoredFields):
         "frame_count": "images do not move: leave it out",
         "frame_duration_ms": "images do not move: leave it out",
         "svg": "images are png, webp or jpeg: leave it out",
+        **dict.fromkeys(
+            set(TextSampling.model_fields) - {"seed"},
+            "this route generates no text: leave it out",
+        ),
+        **{
+            name: f"this route generates no text: use image_{name}, or leave it out"
+            for name in ("temperature", "top_p", "top_k")
+        },
     }
 
     model: str | None = None
@@ -476,6 +489,14 @@ class GenerationRequest(ImageOptions):
     """/v1/images/generations."""
 
     prompt: str
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> GenerationRequest:
+        if self.guidance_image not in (None, 1):
+            raise ValueError(
+                "guidance_image needs an image in the prompt: leave it out, or use /v1/images/edits"
+            )
+        return self
 
 
 class EditRequest(ImageOptions):
@@ -618,7 +639,7 @@ class PlainStreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseRequest(TextSampling, IgnoredFields):
+class ResponseRequest(TextSampling, ImageSampling, IgnoredFields):
     """/v1/responses. The reply may hold images if `tools` has image_generation."""
 
     neutral = _CHAT_NEUTRAL | {
