@@ -14,6 +14,24 @@ from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.files import read_json_object
 
 _MAX_LAYERS = 1000
+# With the largest of these sizes torch can still count the entries of a matrix.
+_MAX_SIZE = 2**24
+_MAX_RESOLUTION = 2**14
+# The types of the rotary parameters, besides `rope_type`.
+_ROPE_TYPES: dict[str, Any] = {
+    "factor": float,
+    "attention_factor": float,
+    "beta_fast": float,
+    "beta_slow": float,
+    "mscale": float,
+    "mscale_all_dim": float,
+    "low_freq_factor": float,
+    "high_freq_factor": float,
+    "partial_rotary_factor": float,
+    "original_max_position_embeddings": float,
+    "short_factor": list[float],
+    "long_factor": list[float],
+}
 
 
 @dataclass(frozen=True)
@@ -52,11 +70,30 @@ class VQConfig:
 
     def check(self) -> None:
         """Raise `SettingError` naming a field with which no network can be built."""
-        _require_positive(
-            self, "embed_dim", "num_embeddings", "latent_channels", "resolution", "base_channels"
+        _require_sizes(
+            self, "embed_dim", "num_embeddings", "latent_channels", "in_channels", "base_channels"
+        )
+        _require_sizes(self, "resolution", largest=_MAX_RESOLUTION)
+        _require(
+            0 <= self.num_res_blocks <= _MAX_LAYERS,
+            "num_res_blocks",
+            self.num_res_blocks,
+            f"must be 0 to {_MAX_LAYERS:,}",
+        )
+        _require(0 <= self.dropout <= 1, "dropout", self.dropout, "must be 0 to 1")
+        levels = self.channel_multiplier
+        most = _MAX_RESOLUTION.bit_length()  # levels, each with half the side of the one before
+        _require(
+            0 < len(levels) <= most,
+            "channel_multiplier",
+            levels[:most],
+            f"needs 1 to {most} levels",
         )
         _require(
-            bool(self.channel_multiplier), "channel_multiplier", (), "needs one entry per level"
+            all(0 < factor <= _MAX_SIZE // self.base_channels for factor in levels),
+            "channel_multiplier",
+            levels,
+            f"gives a level with less than 1 or more than {_MAX_SIZE:,} channels",
         )
         _require(
             self.base_channels % 32 == 0,
@@ -146,23 +183,18 @@ class ModelConfig:
     def check(self) -> None:
         """Raise `SettingError` naming a field with which no model can be built."""
         heads, kv = self.num_attention_heads, self.kv_heads
-        _require_positive(
+        _require_sizes(
             self,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "max_position_embeddings",
-            "rope_theta",
         )
         # Each layer takes memory before its weights are looked for.
-        _require(
-            self.num_hidden_layers <= _MAX_LAYERS,
-            "num_hidden_layers",
-            self.num_hidden_layers,
-            f"must be at most {_MAX_LAYERS:,}",
-        )
+        _require_sizes(self, "num_hidden_layers", largest=_MAX_LAYERS)
+        # The angles are fp32.
+        _require(0 < self.rope_theta < 1e38, "rope_theta", self.rope_theta, "must be 0 to 1e38")
         _require(
             self.hidden_size % heads == 0,
             "hidden_size",
@@ -239,6 +271,9 @@ def _scaling(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any] | Non
         scaling["original_max_position_embeddings"] = trained
     if data.get("partial_rotary_factor") is not None:
         scaling.setdefault("partial_rotary_factor", data["partial_rotary_factor"])
+    for name in scaling.keys() & _ROPE_TYPES.keys():
+        if scaling[name] is not None:
+            typed(scaling, name, _ROPE_TYPES[name])
     return scaling
 
 
@@ -247,10 +282,10 @@ def _require(good: bool, name: str, value: object, why: str) -> None:
         raise SettingError(f"{name}={value} {why}")
 
 
-def _require_positive(config: ModelConfig | VQConfig, *names: str) -> None:
+def _require_sizes(config: ModelConfig | VQConfig, *names: str, largest: int = _MAX_SIZE) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, name, value, "must be positive")
+        _require(0 < value <= largest, name, value, f"must be 1 to {largest:,}")
 
 
 def _known(cls: type[ModelConfig] | type[VQConfig], data: dict[str, Any]) -> dict[str, Any]:
@@ -280,8 +315,9 @@ def typed(data: Mapping[str, Any], name: str, expected: Any, where: str = "confi
 def _fits(value: object, expected: Any) -> bool:
     if get_origin(expected) is UnionType:
         return any(_fits(value, each) for each in get_args(expected))
-    if get_origin(expected) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(v, int) for v in value)
+    if get_origin(expected) in (list, tuple):
+        item = get_args(expected)[0]
+        return isinstance(value, list | tuple) and all(_fits(v, item) for v in value)
     if expected is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     # For isinstance a bool is an int; in a config it is not.

@@ -741,6 +741,17 @@ class TestMetaMistakes:
         with pytest.raises(CheckpointError, match="holds more than tensors"):
             load(folder, verify=False)
 
+    @pytest.mark.parametrize("damage", ["sparse", "unbalanced"])
+    def test_a_damaged_file(self, folder: Path, damage: str) -> None:
+        path = min(folder.glob("*.pth"))
+        if damage == "sparse":
+            content = torch.load(path, weights_only=True)
+            torch.save(content | {"norm.weight": content["norm.weight"].to_sparse()}, path)
+        else:  # a pickle that takes a value from an empty stack
+            path.write_bytes(b"\x80\x02R.")
+        with pytest.raises(CheckpointError, match="damaged, or holds more than tensors"):
+            load(folder, verify=False)
+
     def test_no_tokenizer(self, folder: Path) -> None:
         (folder.parent.parent / "tokenizer").unlink()
         with pytest.raises(CheckpointError, match=r"no text_tokenizer\.json beside"):
@@ -780,6 +791,12 @@ class TestVQGAN:
         self.save(golden, folder, **change)
         with pytest.raises(CheckpointError, match=sentence):
             build_vqgan(*open_vqgan(folder), folder)
+
+    @pytest.mark.parametrize("state", [torch.zeros(3), {3: torch.zeros(3)}, [1]])
+    def test_a_state_that_is_none(self, folder: Path, state: Any) -> None:
+        torch.save({"state_dict": state}, folder / "vqgan.ckpt")
+        with pytest.raises(CheckpointError, match="holds more than tensors"):
+            open_vqgan(folder)
 
     def test_code_in_a_pickle_is_not_run(self, folder: Path) -> None:
         class Bomb:

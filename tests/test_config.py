@@ -54,6 +54,8 @@ def test_values_that_transformers_also_writes() -> None:
         {"vq_config": "small"},
         {"rope_parameters": "linear"},
         {"rope_parameters": {"rope_theta": "1e4"}},
+        {"rope_parameters": {"factor": "2", "rope_type": "linear"}},
+        {"rope_parameters": {"short_factor": [1, "2"], "rope_type": "longrope"}},
         {"eos_token_id": "</s>"},
     ],
 )
@@ -76,7 +78,19 @@ def test_wrong_kinds_name_the_field(data: dict[str, Any]) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0"),
         ({"vq_config": {"base_channels": 33}}, "base_channels=33"),
+        ({"rope_theta": 2**200}, "rope_theta=16069"),
+        ({"intermediate_size": 2**70}, "intermediate_size=1180591620717411303424 must be 1 to"),
+        ({"hidden_size": 2**40}, "hidden_size=1099511627776"),
         ({"vq_config": {"channel_multiplier": []}}, "channel_multiplier="),
+        ({"vq_config": {"channel_multiplier": [1, 0]}}, r"channel_multiplier=\(1, 0\) gives"),
+        ({"vq_config": {"channel_multiplier": [1, 2**20]}}, "more than 16,777,216 channels"),
+        ({"vq_config": {"channel_multiplier": [1] * 99999}}, "needs 1 to 15 levels"),
+        ({"vq_config": {"num_res_blocks": -1}}, "num_res_blocks=-1 must be 0 to 1,000"),
+        ({"vq_config": {"num_res_blocks": 2**40}}, "num_res_blocks=1099511627776"),
+        ({"vq_config": {"in_channels": -1}}, "in_channels=-1"),
+        ({"vq_config": {"embed_dim": 2**62}}, "embed_dim=4611686018427387904"),
+        ({"vq_config": {"resolution": 2**31}}, "resolution=2147483648 must be 1 to 16,384"),
+        ({"vq_config": {"dropout": 3}}, "dropout=3"),
     ],
 )
 def test_impossible_shapes_name_the_value_when_checked(
@@ -139,5 +153,5 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_number_of_layers_that_no_memory_holds_is_refused() -> None:
-    with pytest.raises(SettingError, match="num_hidden_layers=1000000000 must be at most 1,000"):
+    with pytest.raises(SettingError, match="num_hidden_layers=1000000000 must be 1 to 1,000"):
         ModelConfig(num_hidden_layers=10**9).check()

@@ -372,6 +372,24 @@ class TestValues:
         kept = load_file(tmp_path / "hf" / "model.safetensors")[name]
         assert kept.dtype == torch.bfloat16 and torch.equal(kept.to(dtype), tensors[name])
 
+    @pytest.mark.parametrize("to", ["hf", "meta"])
+    def test_floats_of_8_bits_in_meta_s_files_too(
+        self, golden: Path, tmp_path: Path, to: str
+    ) -> None:
+        folder = shutil.copytree(golden / "models" / "tiny_1", tmp_path / "m")
+        shutil.copytree(golden / "tokenizer", folder / "tokenizer")
+        weights, images = folder / "consolidated.pth", folder / "tokenizer" / "vqgan.ckpt"
+        for path, name in ((weights, "norm.weight"), (images, "quant_conv.weight")):
+            content = torch.load(path, weights_only=True)
+            state = content.get("state_dict", content)
+            state[name] = state[name].to(torch.float8_e4m3fn)
+            torch.save(content, path)
+        assert main(["info", str(folder), "--no-verify"]) == 0
+        convert(folder, tmp_path / to, to, verify=False)
+        both = [load(path, verify=False) for path in (folder, tmp_path / to)]
+        norms = [model.transformer.model.norm.weight for model in both]
+        assert norms[0].dtype == torch.bfloat16 and torch.equal(*norms)
+
     @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
     def test_unknown_dtypes_of_weights_are_refused(
         self, tiny: Path, tmp_path: Path, dtype: torch.dtype

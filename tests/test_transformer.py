@@ -331,6 +331,7 @@ class TestForward:
         ({"num_attention_heads": 32}, "odd width 1"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor=0 .* must be above 0"),
     ],
 )
 def test_what_cannot_be_built_is_refused_when_a_model_is_built(

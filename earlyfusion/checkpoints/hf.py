@@ -190,14 +190,7 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
                 "unknown, so take it out of one of them"
             )
         tensors |= in_file
-    return {name: _at_least_16_bits(stored) for name, stored in tensors.items()}
-
-
-def _at_least_16_bits(stored: Stored) -> Stored:
-    """The tensor, with 8-bit floats as bf16, which represents them exactly and has all
-    operations."""
-    is_narrow = stored.dtype.is_floating_point and stored.dtype.itemsize == 1
-    return stored.to(torch.bfloat16) if is_narrow else stored
+    return tensors
 
 
 def _untie_if_stored_separately(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
@@ -253,7 +246,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         file = MappedFile(lambda: safe_open(path, "pt").get_tensor)
         names: list[str] = list(safe_open(path, "pt").keys())  # type: ignore[no-untyped-call]
         return {name: file.stored(name) for name in names}
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         raise CheckpointError(
             f"{path} is missing or damaged: download or convert the model again"
         ) from None

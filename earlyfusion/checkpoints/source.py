@@ -4,7 +4,6 @@ memory does not grow with the model."""
 
 from __future__ import annotations
 
-import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Mapping
@@ -135,9 +134,12 @@ class MappedFile:
         self._open, self._get, self._bytes_read = open_file, open_file(), 0
 
     def stored(self, name: str) -> Stored:
-        """The tensor of this name, not read yet."""
+        """The tensor of this name, not read yet. Floats of 8 bits become bf16, which represents
+        them exactly and has all operations."""
         tensor = self._get(name)
-        return Stored(tensor.dtype, tuple(tensor.shape), lambda: self.read(name))
+        stored = Stored(tensor.dtype, tuple(tensor.shape), lambda: self.read(name))
+        is_narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+        return stored.to(torch.bfloat16) if is_narrow else stored
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name."""
@@ -169,16 +171,21 @@ def check_names(
 
 
 def torch_load(path: Path) -> dict[str, Any]:
-    """The dict in a file that torch wrote; only tensors and plain values are unpickled."""
+    """The dict in a file that torch wrote, or the `state_dict` in it; only tensors and plain values
+    are unpickled."""
     try:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         with warnings.catch_warnings(action="ignore"):
             content = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        content = dict(content.get("state_dict", content))
         if not all(isinstance(name, str) for name in content):
             raise TypeError("names must be strings")
+        if any(isinstance(v, Tensor) and v.layout != torch.strided for v in content.values()):
+            raise TypeError("sparse tensors are not read")
         return content
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+    # Reading untrusted bytes may raise anything.
+    except Exception:
         raise CheckpointError(
             f"{path} is missing, damaged, or holds more than tensors: download it again"
         ) from None
@@ -188,9 +195,7 @@ def open_torch_file(path: Path) -> dict[str, Stored]:
     """The tensors of a file that torch wrote, or of the `state_dict` in it."""
 
     def open_file() -> dict[str, Tensor]:
-        state = torch_load(path)
-        state = state.get("state_dict", state)
-        return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        return {k: v for k, v in torch_load(path).items() if isinstance(v, Tensor)}
 
     file = MappedFile(lambda: open_file().__getitem__)
     return {name: file.stored(name) for name in open_file()}

@@ -101,6 +101,8 @@ def check_rope(config: ModelConfig) -> None:
     missing = [name for name in _REQUIRED.get(rope_type, ()) if scaling.get(name) is None]
     if missing:
         raise SettingError(f"rope_scaling type {rope_type!r} needs {', '.join(missing)}")
+    if scaling.get("factor") is not None and scaling["factor"] <= 0:
+        raise SettingError(f"factor={scaling['factor']} of rope_scaling must be above 0")
     rotated_share = scaling.get("partial_rotary_factor", 1.0)
     if rotated_share != 1.0 and rope_type not in ("default", "proportional"):
         raise SettingError(
