@@ -184,13 +184,10 @@ class ModelConfig:
         """Raise `SettingError` naming a field with which no model can be built."""
         heads, kv = self.num_attention_heads, self.kv_heads
         _require_sizes(
-            self,
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"
         )
+        # Memory bounds the context later, when a cache is made.
+        _require_sizes(self, "max_position_embeddings", largest=2**40)
         # Each layer takes memory before its weights are looked for.
         _require_sizes(self, "num_hidden_layers", largest=_MAX_LAYERS)
         # The angles are fp32.

@@ -6,6 +6,7 @@ import math
 from array import array
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,6 +250,14 @@ def test_a_context_that_no_memory_holds_is_cut_to_what_is_free(
     long = replace(request, max_tokens=10**6)
     with pytest.raises(SettingError, match=r"the cache has 1,280: give it .* smaller max_tokens"):
         engine.add(long)
+
+
+@pytest.mark.parametrize("limit", ["2GB", 2e9, True])
+def test_a_cache_of_no_whole_number_of_bytes(
+    transformer: Transformer, processor: Processor, limit: Any
+) -> None:
+    with pytest.raises(SettingError, match=r"cache_bytes is a .*: give a whole number"):
+        Engine(transformer, processor, cache_bytes=limit)
 
 
 @pytest.mark.parametrize("blocks", [10**12, 10**18])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -181,12 +182,18 @@ def cache_size(
         fitting = left // block_bytes if device.type == "cpu" else share
         minimum = min(3 * context_blocks, max(fitting, 3 * LONG_CONTEXT // BLOCK_SIZE))
         return CacheSize(max(minimum, min(share, MAX_CONTEXTS * context_blocks)), block_bytes)
+    _check_type(budget)
     if budget < block_bytes:
         raise SettingError(
             f"cache_bytes={budget:,} holds no block of {BLOCK_SIZE} tokens: "
             f"give at least {block_bytes:,} bytes"
         )
     return CacheSize(budget // block_bytes, block_bytes)
+
+
+def _check_type(budget: object) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, Integral):
+        raise SettingError(f"cache_bytes is a {type(budget).__name__}: give a whole number")
 
 
 def _int8(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
