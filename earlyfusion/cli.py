@@ -1082,6 +1082,7 @@ def _print_usage_error(error: typer.TyperException) -> int:
     """Print Typer's message as one sentence; it is empty if Typer has shown the help instead."""
     command = getattr(getattr(error, "ctx", None), "command_path", "earlyfusion")
     message = error.format_message().rstrip(".?").replace(". ", "; ")
+    message = message.replace("Value error, ", "")  # which pydantic puts before what Typer says
     return _print_error(f"{message}; see '{command} --help'") if message else 2
 
 

@@ -221,8 +221,10 @@ def _sorted_ids(ids: Any) -> Ids:
 def _check_unique(names: Mapping[str, int]) -> None:
     by_id: dict[int, str] = {}
     for name, token in names.items():
-        if not isinstance(token, int) or token < 0:
-            raise CheckpointError(f"token {name!r} has the id {token!r}: ids are integers from 0")
+        if not isinstance(token, int) or not 0 <= token < 2**31:
+            raise CheckpointError(
+                f"token {name!r} has the id {token!r}: ids are integers from 0 to 2^31 - 1"
+            )
         if token in by_id:
             raise CheckpointError(
                 f"tokens {by_id[token]!r} and {name!r} share the id {token}: each needs its own"

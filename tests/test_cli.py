@@ -699,7 +699,7 @@ def test_placeholders_do_not_match(run: Run, image_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--output", "video"], ["--output", "video", "interleaved"]),
+        (["--output", "video"], ["'--output': 'video' is not", "interleaved"]),
         (["--top-p", "3"], ["3", "above 0 and at most 1"]),
         (["--temperature", "hot"], ["--temperature", "hot"]),
         (["--jacobi", "1"], ["jacobi=1", "2 to 1,024"]),

@@ -96,6 +96,7 @@ def without(name: str) -> dict[str, int]:
         (without("") | {"IMGIMGKZ": 99}, "'IMGIMGKZ' is not the name of an image token"),
         (without("") | {"IMGIMG": 99}, "'IMGIMG' is not the name of an image token"),
         (without("") | {"x": -1}, "has the id -1"),
+        (without("") | {"x": 2**70}, "has the id 1180591620717411303424"),
     ],
 )
 def test_bad_vocabularies(names: dict[str, int], sentence: str) -> None:
