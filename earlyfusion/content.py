@@ -669,10 +669,20 @@ def _tensor_to_array(tensor: Any) -> npt.NDArray[Any]:
 
 
 def _checked_codes(codes: Any) -> npt.NDArray[np.int64]:
-    array = _tensor_to_array(codes) if _is_tensor(codes) else np.asarray(codes)
+    array = _tensor_to_array(codes) if _is_tensor(codes) else _as_array(codes)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "ui" or array.min() < 0:
         raise ImageError(
             f"image codes of shape {array.shape} and type {array.dtype} are not "
             "[h, w] whole numbers from 0: give one image's codes from the image tokenizer"
         )
     return array.astype(np.int64)
+
+
+def _as_array(codes: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(codes)
+    except ValueError:
+        raise ImageError(
+            "image codes have rows of different lengths: give one image's codes from the image "
+            "tokenizer"
+        ) from None

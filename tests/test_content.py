@@ -436,6 +436,8 @@ def test_codes() -> None:
     for bad in (np.zeros(4, int), np.zeros((2, 2)), -np.ones((1, 1), int), np.zeros((0, 2), int)):
         with pytest.raises(ImageError, match="image codes of shape"):
             Image(codes=bad)
+    with pytest.raises(ImageError, match="rows of different lengths"):
+        Image(codes=[[0, 1], [2]])  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="needs pixels or codes"):
         Image()
 
