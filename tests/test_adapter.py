@@ -140,6 +140,12 @@ def damaged(adapter: Path, place: Path, **changes: Any) -> Path:
             "lacks one of the two",
         ),
         ({"tensors": {}}, "lacks one of the two"),
+        ({"alpha_pattern": [1]}, "an alpha_pattern that is not one of"),
+        ({"alpha_pattern": {"(": 3}}, "an alpha_pattern that is not one of"),
+        *(
+            ({"tensors": {"base_model.model.x.lora_A.weight": matrix}}, "is no matrix of an")
+            for matrix in (torch.ones(1), torch.ones(0, 3), torch.ones(1, 1, dtype=torch.int8))
+        ),
     ],
 )
 def test_an_adapter_that_cannot_be_added_is_refused(

@@ -105,6 +105,11 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
                 f"{folder / WEIGHTS} holds {key}, which does not adapt a linear layer: merge it "
                 "with PEFT and load the merged model"
             )
+        if value.ndim != 2 or not value.numel() or not value.is_floating_point():
+            raise CheckpointError(
+                f"{folder / WEIGHTS} holds {key} as {value.dtype} {list(value.shape)}, which is no "
+                "matrix of an adapter: save it again"
+            )
         pairs.setdefault(match[1], {})[match[2]] = value
     if not pairs or any(set(pair) != {"A", "B"} for pair in pairs.values()):
         raise CheckpointError(
@@ -203,10 +208,13 @@ def _check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    matching = [alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)]
     try:
+        patterns = (config.get("alpha_pattern") or {}).items()
+        matching = [alpha for key, alpha in patterns if re.fullmatch(rf"(.*\.)?({key})", name)]
         alpha = float(matching[0] if matching else config["lora_alpha"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"the adapter's {CONFIG} has no lora_alpha: save it again") from None
+    except (AttributeError, KeyError, TypeError, ValueError, re.error):
+        raise CheckpointError(
+            f"the adapter's {CONFIG} has no lora_alpha, or an alpha_pattern that is not one of "
+            "PEFT's: save it again"
+        ) from None
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
