@@ -23,7 +23,7 @@ from torch import Tensor
 from earlyfusion.checkpoints.assemble import Loaded
 from earlyfusion.checkpoints.detect import load
 from earlyfusion.checkpoints.hf import save_hf
-from earlyfusion.content import Image, Message, Text
+from earlyfusion.content import Image, Message, Text, as_messages
 from earlyfusion.errors import ContextError, PromptError, SettingError
 from earlyfusion.generation.reference import generate_tokens
 from earlyfusion.generation.request import Request
@@ -614,6 +614,22 @@ class TestProcessor:
         )
         assert inputs["pixel_values"].shape == (1, 3, 16, 16)
 
+    @pytest.mark.parametrize(
+        "roles",
+        [
+            ["system", "user"],
+            ["user", "system"],
+            ["system", "system", "user", "assistant", "system", "user"],
+            ["system"],
+        ],
+    )
+    def test_system_messages_are_part_of_the_user_s_turn(
+        self, processor: Any, own: Processor, roles: list[str]
+    ) -> None:
+        turns = [{"role": role, "content": f"a pear {n}"} for n, role in enumerate(roles)]
+        inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True)
+        assert inputs["input_ids"][0].tolist() == own.encode(as_messages(turns)).ids
+
     def test_chat_template_refuses_what_it_cannot_say(self, processor: Any) -> None:
         film = [{"type": "video", "path": "a.mp4"}]
         for role, content, sentence in (
@@ -633,6 +649,11 @@ class TestProcessor:
         inputs = {"images": [make_image(1)], "text": "What is <image>?"}
         for name, value in processor(**inputs).items():
             assert torch.equal(value, reloaded(**inputs)[name])
+
+    @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 8, 8, 3)])
+    def test_pixels_of_another_shape(self, processor: Any, shape: tuple[int, ...]) -> None:
+        with pytest.raises(SettingError, match=r"images have shape \[n, 3, height, width\]"):
+            processor.post_process_multimodal_output(torch.zeros(shape), generation_mode="image")
 
     def test_texts_of_ids(self, processor: Any, model: Any, own: Processor) -> None:
         codes = np.zeros((8, 8), dtype=np.int64)

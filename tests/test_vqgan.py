@@ -109,8 +109,8 @@ def test_attention_stands_where_the_config_asks() -> None:
     ("change", "words"),
     [
         ({"base_channels": 48}, "multiple of the 32"),
-        ({"num_embeddings": 0}, "positive"),
-        ({"channel_multiplier": ()}, "one entry per level"),
+        ({"num_embeddings": 0}, "must be 1 to"),
+        ({"channel_multiplier": ()}, "needs 1 to 15 levels"),
     ],
 )
 def test_impossible_shapes_name_the_field(change: dict[str, object], words: str) -> None:

@@ -72,8 +72,9 @@ _DTYPE_NAMES = {
 }
 
 _PLACEHOLDER = IMAGE_PLACEHOLDERS[1]
-# Turns as in training: their parts joined, then end of turn; a last answer ends with eos.
-# `generation` blocks hold the parts that are learned.
+# Turns as in training: their parts joined, then end of turn; a last answer ends with eos. A newline
+# joins a system message to the user's next to it. `generation` blocks hold the parts that are
+# learned.
 CHAT_TEMPLATE = (
     "{% macro said(message) %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -88,7 +89,10 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ said(message) }}{% if loop.last %}" + EOS + "{% endif %}{% endgeneration %}"
     "{% else %}{{ said(message) }}{% endif %}"
-    "{% if not loop.last or message['role'] == 'user' %}" + END_OF_TURN + "{% endif %}"
+    "{% set next = messages[loop.index]['role'] if not loop.last else '' %}"
+    "{% if [message['role'], next] in "
+    "[['system', 'user'], ['user', 'system'], ['system', 'system']] %}{{ '\n' }}"
+    "{% elif not loop.last or message['role'] != 'assistant' %}" + END_OF_TURN + "{% endif %}"
     "{% endfor %}"
 )
 

@@ -447,7 +447,7 @@ def _apply_replacements(
 def to_images(pixels: Any) -> list[PIL.Image.Image]:
     """PIL images of pixels [n, 3, Y, X] in about [-1, 1], truncated to 8 bits as by Meta."""
     pixels_nCYX = torch.as_tensor(pixels).detach().float().cpu().clamp(-1, 1)
-    if pixels_nCYX.ndim != 4:
+    if pixels_nCYX.ndim != 4 or pixels_nCYX.shape[1] != len("RGB"):
         raise SettingError(
             f"images have shape [n, 3, height, width], not {tuple(pixels_nCYX.shape)}: pass the "
             "output of model.decode_image_tokens"
