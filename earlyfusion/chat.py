@@ -225,7 +225,7 @@ class ConversationFolder:
         try:
             data = json.loads(text or "")
             turns, codebook = data["messages"], data.get("codebook")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise PromptError(
                 f"{self.path} holds no conversation.json that /save wrote: give its folder"
             ) from None

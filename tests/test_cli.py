@@ -425,6 +425,7 @@ def test_chat_undo(chat: Chat, image_path: Path) -> None:
     [
         "",
         "[]",
+        "[" * 50_000,
         '{"messages": 5}',
         '{"messages": [{"role": "user", "content": "a"}]}',
         '{"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}',
