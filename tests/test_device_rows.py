@@ -90,7 +90,7 @@ def by_hand(processor: Processor, rows: DeviceRows, way: int) -> Packer:
     def document(number: int) -> TokenSequence:
         turns = [
             Message(role, [Text(p) if isinstance(p, str) else Image(codes=codes[p]) for p in parts])
-            for role, parts in messages(rows._document(number))
+            for role, parts in messages(rows._template(number))
         ]
         return processor.encode_document(turns)
 

@@ -40,7 +40,7 @@ from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import learning_rate
 from earlyfusion.train.plan import Job as PlanJob
-from earlyfusion.train.plan import line, parameters_of_block, trained
+from earlyfusion.train.plan import line, parameters_of_block, trained_parameters
 from earlyfusion.train.trainer import RunConfig
 
 
@@ -166,12 +166,12 @@ def test_an_adapter_begins_as_nothing_and_merges_into_the_same_model(model: Path
 
 def test_an_adapter_computes_w_plus_its_scaled_product() -> None:
     linear = torch.nn.Linear(6, 5).double()
-    adapted = lora.Adapted(linear, rank=2, alpha=6.0)
+    adapted = lora.AdaptedLinear(linear, rank=2, alpha=6.0)
     torch.nn.init.normal_(adapted.lora_b)
     x = torch.randn(4, 6, dtype=torch.double)
     weight = linear.weight + 3.0 * adapted.lora_b @ adapted.lora_a
     torch.testing.assert_close(adapted(x), x @ weight.T + linear.bias)
-    wide = lora.Adapted(torch.nn.Linear(400, 5), rank=50, alpha=1.0).lora_a.detach()
+    wide = lora.AdaptedLinear(torch.nn.Linear(400, 5), rank=50, alpha=1.0).lora_a.detach()
     assert 0.99 / 20 < wide.abs().max() <= 1 / 20  # as `nn.Linear`: up to 1 / sqrt(inputs)
 
 
@@ -377,7 +377,7 @@ def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
     lora.adapt(transformer, rank=3)
     result = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     job = PlanJob(transformer.config, ParallelConfig(), 1, 64, 0, 1.0, trainable="adapters", lora=3)
-    assert trained(job) == result and lora.trainable(transformer) == "adapters"
+    assert trained_parameters(job) == result and lora.trainable_part(transformer) == "adapters"
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
     first = context.Process(target=hold, args=(str(tmp_path), held, leave))
     first.start()
     assert held.wait(200) and first.pid is not None
-    with pytest.raises(SettingError, match=f"being trained in by process {first.pid} on"):
+    with pytest.raises(SettingError, match=f"in use by process {first.pid} on"):
         learn(given, tmp_path)
     assert not checkpoint.steps(tmp_path)
     os.kill(first.pid, signal.SIGKILL)
@@ -207,7 +207,8 @@ def test_the_older_checkpoint_is_taken_where_the_newest_is_damaged(
             checkpoint.load(tmp_path / "part")
     learn(given, tmp_path / "part", "steps=6", "seed=3")
     stderr = capsys.readouterr().err
-    assert "step-00000004 is damaged and now damaged-step-00000004: step 2 is taken" in stderr
+    assert "step-00000004 is damaged and was renamed to damaged-step-00000004: " in stderr
+    assert "the run continues from step 2" in stderr
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     assert checkpoint.steps(tmp_path / "part") == [4, 6]
 
@@ -235,7 +236,7 @@ def test_shards_that_are_cut_short_do_not_count(
     assert checkpoint.newest_undamaged(tmp_path) == (2, [])
     damage(next((tmp_path / "step-00000002" / checkpoint.SHARDS).glob("*.distcp")))
     step, told = checkpoint.newest_undamaged(tmp_path)
-    assert step == 1 and "step 1 is taken" in told[0]
+    assert step == 1 and "continues from step 1" in told[0]
 
 
 def limited(kilobytes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:

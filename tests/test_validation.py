@@ -143,15 +143,17 @@ def test_a_run_that_was_stopped_goes_on_with_its_best(
 
 def test_patience_counts_checks_in_a_row() -> None:
     watch = Validation(dict, ValidationConfig(validation=0.1, patience=2), every=5)
-    told = [(watch.is_best(5 * n, loss), watch.ends) for n, loss in enumerate([3.0, 2, 2, 1, 4, 1])]
+    told = [
+        (watch.record(5 * n, loss), watch.ends_run) for n, loss in enumerate([3.0, 2, 2, 1, 4, 1])
+    ]
     assert told == [(True, False)] * 2 + [(False, False), (True, False), (False, False)] + [
         (False, True)
     ]
     assert [done for done in range(1, 13) if watch.is_due(done, 12)] == [5, 10, 12]
     second = Validation(dict, ValidationConfig(validation=0.1, patience=2), every=5)
     second.load_state(json.loads(json.dumps(watch.state())))
-    assert second.ends and second.best_loss == 1 and second.best_step == 15
-    assert not Validation(dict, ValidationConfig(validation=0.1), 5).ends
+    assert second.ends_run and second.best_loss == 1 and second.best_step == 15
+    assert not Validation(dict, ValidationConfig(validation=0.1), 5).ends_run
     assert math.isinf(Validation(dict, ValidationConfig(validation=0.1), 5).best_loss)
 
 

@@ -82,7 +82,7 @@ Stream = Callable[[int], TokenSequence]
 Share = tuple[int, int]  # the rank of a process, and the number of processes
 
 
-class Rows(Protocol):
+class BatchSource(Protocol):
     """Where a training takes its batches from: a `Packer`, or rows made on the device."""
 
     cursor: int
@@ -95,7 +95,7 @@ class Rows(Protocol):
     @property
     def share(self) -> Share: ...
     def next(self) -> PackedBatch: ...
-    def for_share(self, share: Share) -> Rows: ...
+    def for_share(self, share: Share) -> BatchSource: ...
 
 
 class Packer:

@@ -189,7 +189,7 @@ def prepare_model(loaded: Loaded, config: FinetuneConfig) -> Transformer:
     torch.manual_seed(config.run.seed)  # the initial weights of adapters are random numbers
     model = loaded.transformer
     keeps_bf16 = config.trains != "all" and config.run.precision == "bf16"
-    frozen = lora.products(model) if keeps_bf16 else []
+    frozen = lora.block_linears(model) if keeps_bf16 else []
     stay_bf16 = {id(x.weight) for x in frozen if x.weight.dtype == torch.bfloat16}
     for parameter in model.parameters():
         # AdamW in bf16 would lose updates smaller than a weight's last bit.

@@ -54,10 +54,11 @@ def resized(images_BYXC: Tensor, side: int) -> Tensor:
 
 def changed(pixels_BCYX: Tensor, config: ChangeConfig, generator: torch.Generator) -> Tensor:
     """The images, changed by numbers of `generator`, which is on their device."""
+    # Uniform in [0, 1): 4 for the geometry, 6 for the colours, 1 for leaving the image as it is.
     u_BN = torch.rand(len(pixels_BCYX), 11, generator=generator, device=pixels_BCYX.device)
     out = _recoloured(_moved(pixels_BCYX, config, u_BN[:, :4]), config, u_BN[:, 4:10])
-    stays_B = u_BN[:, 10] < config.unchanged
-    return torch.where(stays_B[:, None, None, None], pixels_BCYX, out)
+    is_unchanged_B = u_BN[:, 10] < config.unchanged
+    return torch.where(is_unchanged_B[:, None, None, None], pixels_BCYX, out)
 
 
 def _moved(pixels_BCYX: Tensor, config: ChangeConfig, u_B4: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ def _recoloured(pixels_BCYX: Tensor, config: ChangeConfig, u_B6: Tensor) -> Tens
     luma = pixels_BCYX.new_tensor((0.299, 0.587, 0.114))[None, :, None, None]
     grey = (pixels_BCYX * luma).sum(1, keepdim=True)
     is_grey = (u_B6[:, 0] < config.grey).float()
-    keeps = (1 - is_grey) * (1 + spread_B6[:, 1] * config.contrast)
-    coloured = grey + (pixels_BCYX - grey) * keeps[:, None, None, None]
+    saturation = (1 - is_grey) * (1 + spread_B6[:, 1] * config.contrast)
+    coloured = grey + (pixels_BCYX - grey) * saturation[:, None, None, None]
     # White stays white: strengths scale the distance from it, like ink on paper.
     strength = 1 + spread_B6[:, 2:3] * config.contrast + spread_B6[:, 3:] * config.tint
     strength = torch.where(is_grey[:, None] > 0, strength.mean(1, keepdim=True), strength)

@@ -49,8 +49,8 @@ class Saver:
         self._run, self._keep, self._in_background = run, keep, in_background
         self._is_distributed = dist.is_initialized()
         self._is_first = not self._is_distributed or dist.get_rank() == 0
-        # The checkpoint that is being written: its future, step and state.
-        self._waiting: tuple[Future[Any], int, dict[str, Any]] | None = None
+        # The checkpoint that is being written: the future of its tensors, its step and state.
+        self._pending: tuple[Future[Any], int, dict[str, Any]] | None = None
         # Its own group: its messages must not mix with those of the steps computed meanwhile.
         self._group = dist.new_group(backend="gloo") if self._is_distributed else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
@@ -62,33 +62,33 @@ class Saver:
         if self._is_first:
             _make_partial(self._run, step)
         self._barrier()
-        partial = self._run / f"{_PARTIAL}{step:08d}"
-        written = (
+        partial = _partial_folder(self._run, step)
+        future = (
             self._write_shards(partial, tensors)
             if self._is_distributed
             else self._write_file(partial, tensors)
         )
-        self._waiting = (written, step, state)
+        self._pending = (future, step, state)
         if not self._in_background:
             self.finish()
 
     def poll(self) -> None:
         """Commit a checkpoint once it is fully written."""
-        if self._waiting is not None and self._waiting[0].done():
-            self._commit_waiting()
+        if self._pending is not None and self._pending[0].done():
+            self._commit_pending()
 
     def finish(self) -> None:
         """Wait until all processes have written and committed everything."""
-        if self._waiting is not None:
-            self._commit_waiting()
+        if self._pending is not None:
+            self._commit_pending()
         self._barrier()
 
-    def _commit_waiting(self) -> None:
-        assert self._waiting is not None
-        written, step, state = self._waiting
-        self._waiting = None
+    def _commit_pending(self) -> None:
+        assert self._pending is not None
+        future, step, state = self._pending
+        self._pending = None
         with _raise_root_cause():
-            written.result()
+            future.result()
         if self._is_first:
             _commit(self._run, step, state, self._keep)
 
@@ -107,17 +107,27 @@ class Saver:
 
         flat, writer = dict(_flatten(tensors)), _writer(partial / SHARDS)
         if self._in_background:
-            written = async_save(flat, storage_writer=writer, process_group=self._group)
-            return cast(Future[Any], written)
+            future = async_save(flat, storage_writer=writer, process_group=self._group)
+            return cast(Future[Any], future)
         with _raise_root_cause():
             save(flat, storage_writer=writer, process_group=self._group)
         return _finished_future()
 
 
 def _finished_future() -> Future[Any]:
-    done: Future[Any] = Future()
-    done.set_result(None)
-    return done
+    future: Future[Any] = Future()
+    future.set_result(None)
+    return future
+
+
+def _step_folder(run: Path, step: int) -> Path:
+    """The folder of a complete checkpoint."""
+    return run / f"{_PREFIX}{step:08d}"
+
+
+def _partial_folder(run: Path, step: int) -> Path:
+    """The folder in which a checkpoint is written, before it is complete."""
+    return run / f"{_PARTIAL}{step:08d}"
 
 
 def steps(run: Path) -> list[int]:
@@ -127,19 +137,21 @@ def steps(run: Path) -> list[int]:
 
 
 def newest_undamaged(run: Path) -> tuple[int, list[str]]:
-    """The step of the newest undamaged checkpoint (0 if there are no checkpoints), and sentences to
-    print. Newer ones are damaged, and renamed to `damaged-step-...`. Raises `CheckpointError` if
+    """The step of the newest undamaged checkpoint (0 if there are no checkpoints), and a sentence
+    to print for each newer one, which is renamed to `damaged-step-...`. Raises `CheckpointError` if
     all are damaged."""
     sentences: list[str] = []
     saved_steps = steps(run)
     for step in reversed(saved_steps):
-        folder = run / f"{_PREFIX}{step:08d}"
-        if _is_undamaged(folder):
-            for path in (run / f"{_PREFIX}{later:08d}" for later in saved_steps if later > step):
-                aside = path.with_name(f"damaged-{path.name}")
+        if _is_undamaged(_step_folder(run, step)):
+            for damaged in (_step_folder(run, later) for later in saved_steps if later > step):
+                aside = damaged.with_name(f"damaged-{damaged.name}")
                 shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
-                sentences.append(f"{path} is damaged and now {aside.name}: step {step:,} is taken")
+                os.replace(damaged, aside)
+                sentences.append(
+                    f"{damaged} is damaged and was renamed to {aside.name}: the run continues from "
+                    f"step {step:,}"
+                )
             return step, sentences
     if saved_steps:
         raise CheckpointError(
@@ -175,17 +187,17 @@ def _is_undamaged(folder: Path) -> bool:
 
 
 def _has_all_shards(folder: Path) -> bool:
-    """Whether all shards of the index are there, as long as it says, with their CRC-32."""
+    """Whether every shard that the index lists exists, is long enough and has its CRC-32."""
     entries = (_reader(folder).read_metadata().storage_data or {}).values()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     if any(sizes.get(e.relative_path, -1) < e.offset + e.length for e in entries):
         return False
     # Checkpoints of older versions have no such files: only lengths can be checked.
     with ThreadPoolExecutor(8) as pool:
-        return all(pool.map(_matches, folder.glob(f"*{_CRC}")))
+        return all(pool.map(_matches_crc32, folder.glob(f"*{_CRC}")))
 
 
-def _matches(crc_file: Path) -> bool:
+def _matches_crc32(crc_file: Path) -> bool:
     return crc_file.read_text(encoding="ascii") == _crc32(crc_file.with_suffix(""))
 
 
@@ -204,12 +216,12 @@ def _writer(folder: Path) -> Any:
         """Stores the CRC-32 of each file before the other processes hear that it is written."""
 
         def write_data(self, plan: Any, planner: Any) -> Any:
-            written = super().write_data(plan, planner)
-            for name in {result.storage_data.relative_path for result in written.value()}:
+            results = super().write_data(plan, planner)  # a future of torch's own class
+            for name in {result.storage_data.relative_path for result in results.value()}:
                 crc_file = folder / f"{name}{_CRC}"
                 crc_file.write_text(_crc32(folder / name), encoding="ascii")
                 flush_to_disk(crc_file)
-            return written
+            return results
 
     return Writer(folder)
 
@@ -217,7 +229,8 @@ def _writer(folder: Path) -> Any:
 def load(
     run: Path, step: int | None = None, only: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The whole tensors and the state of the checkpoint of `step`, by default of the newest one.
+    """The tensors, joined from their shards, and the state of the checkpoint of `step`, by default
+    of the newest one.
 
     `only` is a key such as "model": from shards, nothing else is read. If the state has
     `began_with` (a `fingerprint`), "model" lacks the frozen weights. Raises `CheckpointError` if
@@ -237,11 +250,11 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def load_state(run: Path, step: int | None = None) -> dict[str, Any]:
-    """The state alone that `load` returns."""
+    """The state that `load` returns, without reading tensors."""
     return _find(run, step)[1]
 
 
-def frozen(model: nn.Module) -> set[str]:
+def frozen_names(model: nn.Module) -> set[str]:
     """Names of the parameters that are not trained."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
@@ -253,7 +266,7 @@ def fingerprint(model: nn.Module) -> str:
     It covers names and shapes, and of each column the sum of its fp32 bit patterns, which is fast
     and the same on every device.
     """
-    names, digest = frozen(model), hashlib.sha256()
+    names, digest = frozen_names(model), hashlib.sha256()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     if not tensors or any(tensor.is_meta for tensor in tensors.values()):
         return ""
@@ -269,10 +282,10 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> No
     """Fill a model with the "model" that `load` returns, from which frozen weights may be missing.
     Raises `CheckpointError` for a model of another shape."""
     try:
-        missing, others = model.load_state_dict(tensors, strict=False)
-    except RuntimeError:
-        others = ["shape"]
-    if others or not frozen(model).issuperset(missing):
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError:  # a tensor has another shape
+        missing, unexpected = [], ["shape"]
+    if unexpected or not frozen_names(model).issuperset(missing):
         raise CheckpointError(
             f"{run} holds a model of another shape: give the same shape or another out folder"
         )
@@ -284,16 +297,16 @@ def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> di
     folder, state = _find(run, step)
     flat = dict(_flatten(tensors))
     if not (folder / SHARDS).is_dir():
-        whole = dict(_flatten(_read_tensors(folder / TENSORS)))
-        _check(flat, {name: tuple(value.shape) for name, value in whole.items()}, run)
+        saved = dict(_flatten(_read_tensors(folder / TENSORS)))
+        _check_shapes(flat, {name: tuple(value.shape) for name, value in saved.items()}, run)
         for name, value in flat.items():
-            parallel.copy_shard(value, whole[name])
+            parallel.copy_shard(value, saved[name])
         return state
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     reader = _reader(folder / SHARDS)
     entries = reader.read_metadata().state_dict_metadata
-    _check(flat, {name: tuple(entry.size) for name, entry in entries.items()}, run)
+    _check_shapes(flat, {name: tuple(entry.size) for name, entry in entries.items()}, run)
     load_shards(flat, storage_reader=reader)
     return state
 
@@ -302,8 +315,9 @@ def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
     """Folder and state of the checkpoint of a step; None: the newest."""
     saved_steps = steps(run)
     if not saved_steps or (step is not None and step not in saved_steps):
-        raise CheckpointError(f"{run} holds no checkpoint of step {step or 'any'}: train it first")
-    folder = run / f"{_PREFIX}{step or saved_steps[-1]:08d}"
+        which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise CheckpointError(f"{run} holds {which}: train it first")
+    folder = _step_folder(run, step or saved_steps[-1])
     try:
         return folder, _read_state(folder)
     except (OSError, ValueError):
@@ -331,11 +345,10 @@ def _damaged(folder: Path) -> CheckpointError:
 
 def _make_partial(run: Path, step: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    # Left by a run that was killed while writing.
+    # From a run that was killed while writing.
     for leftover in run.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial = run / f"{_PARTIAL}{step:08d}"
-    partial.mkdir()
+    _partial_folder(run, step).mkdir()
 
 
 def _write(partial: Path, tensors: dict[str, Any]) -> None:
@@ -351,27 +364,27 @@ def _raise_root_cause() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        cause = _cause(error)
+        cause = _root_cause(error)
         if cause is None or cause is error:
             raise
         raise cause from None
 
 
-def _cause(error: BaseException | None) -> BaseException | None:
+def _root_cause(error: BaseException | None) -> BaseException | None:
     """The `OSError` or signal's exception behind an error, also one that another process sent."""
-    if isinstance(error, OSError) or not isinstance(error, Exception):  # as KeyboardInterrupt
+    if isinstance(error, OSError) or not isinstance(error, Exception):  # KeyboardInterrupt etc.
         return error
     errors = [error.__cause__, error.__context__]
     errors += [failure[0] for failure in getattr(error, "failures", {}).values()]
-    return next((cause for other in errors if (cause := _cause(other))), None)
+    return next((cause for other in errors if (cause := _root_cause(other))), None)
 
 
 def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> None:
     """Complete a checkpoint whose tensors are written, and remove older ones."""
-    partial, final = run / f"{_PARTIAL}{step:08d}", run / f"{_PREFIX}{step:08d}"
+    partial = _partial_folder(run, step)
     (partial / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
     flush_to_disk(partial / STATE)
-    replace_folder(partial, final)
+    replace_folder(partial, _step_folder(run, step))
     flush_to_disk(run)
     for old in steps(run)[:-keep]:
         _remove(run, old)
@@ -381,7 +394,7 @@ def _remove(run: Path, step: int) -> None:
     # Renamed first, so that an interrupted removal leaves nothing that counts as a checkpoint.
     removed = run / f"{_PARTIAL}old-{step:08d}"
     shutil.rmtree(removed, ignore_errors=True)
-    os.replace(run / f"{_PREFIX}{step:08d}", removed)
+    os.replace(_step_folder(run, step), removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -395,7 +408,7 @@ def _flatten(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, 
 
 
 def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The nested dictionaries that `_flatten` was given."""
+    """The inverse of `_flatten`."""
     nested: dict[str, Any] = {}
     for path, value in flat.items():
         *keys, name = path.split("/")
@@ -407,21 +420,21 @@ def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
     return nested
 
 
-def _check(
-    wanted: Mapping[str, Tensor], saved_shapes: Mapping[str, tuple[int, ...]], run: Path
+def _check_shapes(
+    targets: Mapping[str, Tensor], saved_shapes: Mapping[str, tuple[int, ...]], run: Path
 ) -> None:
-    """Raise `CheckpointError` unless all wanted tensors were saved in the same shape."""
-    for name, value in wanted.items():
-        saved = saved_shapes.get(name, "missing")
-        if saved != tuple(value.shape):
+    """Raise `CheckpointError` unless all tensors to be filled were saved in the same shape."""
+    for name, value in targets.items():
+        saved_shape = saved_shapes.get(name, "missing")
+        if saved_shape != tuple(value.shape):
             raise CheckpointError(
-                f"{run} holds a model of another shape ({name} is {saved}, "
+                f"{run} holds a model of another shape ({name} is {saved_shape}, "
                 f"not {tuple(value.shape)}): give the same shape or another out folder"
             )
 
 
 def _read_shards(folder: Path, prefix: str) -> dict[str, Any]:
-    """All whole tensors whose path begins with `prefix`."""
+    """All tensors whose path begins with `prefix`, joined from their shards."""
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     reader = _reader(folder)

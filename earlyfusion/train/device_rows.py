@@ -3,12 +3,12 @@
 Documents are kept as templates: text as tokens, and for each image only its number. For a batch the
 CPU sends two integers per position. The device looks up the codes of a random variant of each image
 (an augmented version of it), and replaces some of the input codes; the targets do not change.
-`DeviceRows` is a `data.packing.Rows`, like `Packer`. A batch depends only on the seed and the
-number of its first document.
-"""
+`DeviceRows` is a `data.packing.BatchSource`, like `Packer`. A batch depends only on the seed and
+the number of its first document."""
 
 # Shapes: B rows, T tokens of a row, D documents of a row, S images of a document, M tokens of all
-# templates, P images, V variants of each, C codes of one, K codebook, N nearest codes.
+# templates, P images, V variants of each, C codes of one, K codebook, N nearest codes. Names with
+# `_u_` are random numbers, uniform in [0, 1).
 
 from __future__ import annotations
 
@@ -64,19 +64,18 @@ class Templates(NamedTuple):
 
 def templates(
     documents: Iterable[tuple[TokenSequence, Sequence[int], bool]],
-    codes: int,
+    codes_per_image: int,
     is_code: np.ndarray,
     weights: RoleWeights,
 ) -> Templates:
     """Templates of documents. Each is given as its tokens, the numbers of its images in order, and
-    whether these must keep their colours. `codes` is the number of codes of an image; `is_code`
-    says for each token id whether it is a code. Raises `DataError` if there are no documents, or if
-    their codes do not match their images."""
+    whether these must keep their colours. `is_code` says for each token id whether it is a code.
+    Raises `DataError` if there are no documents, or if their codes do not match their images."""
     chunks: list[Columns] = []
     lengths = [0]
     stream = iter(documents)
     while chunk := list(islice(stream, _CHUNK)):
-        chunks.append(_columns(chunk, codes, is_code, weights))
+        chunks.append(_columns(chunk, codes_per_image, is_code, weights))
         lengths += [len(sequence) for sequence, _, _ in chunk]
     if not chunks:
         raise DataError("0 documents cannot be trained on: give at least one")
@@ -98,11 +97,12 @@ def load_templates(path: Path) -> Templates:
 
 def _columns(
     documents: list[tuple[TokenSequence, Sequence[int], bool]],
-    codes: int,
+    codes_per_image: int,
     is_code: np.ndarray,
     weights: RoleWeights,
 ) -> Columns:
-    """The columns of some documents at once: one document at a time would take minutes."""
+    """The columns of several documents together, because a corpus converted one document at a time
+    takes minutes."""
     joined = TokenSequence()
     for sequence, _, _ in documents:
         joined.ids += sequence.ids
@@ -110,17 +110,17 @@ def _columns(
     ids, role = np.asarray(joined.ids, np.int32), np.asarray(joined.role, np.uint8)
     code_M = is_code[ids]
     image_numbers = np.asarray([n for _, numbers, _ in documents for n in numbers], np.int32)
-    if code_M.sum() != codes * len(image_numbers):
+    if code_M.sum() != codes_per_image * len(image_numbers):
         raise DataError(
-            f"documents have {code_M.sum()} codes and {len(image_numbers)} images of {codes}: "
-            "give the number of each image, in order"
+            f"documents have {code_M.sum()} codes and {len(image_numbers)} images of "
+            f"{codes_per_image}: give the number of each image, in order"
         )
     slots = [slot for _, numbers, _ in documents for slot in range(len(numbers))]
     number, offset = np.full(len(ids), NONE, np.int32), np.full(len(ids), NONE, np.int16)
     slot = np.zeros(len(ids), np.int16)
-    number[code_M] = np.repeat(image_numbers, codes)
-    offset[code_M] = np.tile(np.arange(codes, dtype=np.int16), len(image_numbers))
-    slot[code_M] = np.repeat(np.asarray(slots, np.int16), codes)
+    number[code_M] = np.repeat(image_numbers, codes_per_image)
+    offset[code_M] = np.tile(np.arange(codes_per_image, dtype=np.int16), len(image_numbers))
+    slot[code_M] = np.repeat(np.asarray(slots, np.int16), codes_per_image)
     lengths = [len(sequence) for sequence, _, _ in documents]
     return Columns(
         ids_M=ids,
@@ -199,9 +199,9 @@ class DeviceRows:
                 "it out"
             )
         self._columns = Columns(*(torch.from_numpy(c).to(device) for c in templates.columns))
-        # Read from the array, not from the tensor, which would wait for the device.
-        self._slots = int(templates.columns.slot_M.max()) + 1
-        # The number of an epoch, and the order of its documents.
+        # The most images of a document. Read from the array: the tensor would wait for the device.
+        self._max_images = int(templates.columns.slot_M.max()) + 1
+        # The epoch of the last document, and the order of that epoch's documents.
         self._order: tuple[int, np.ndarray] = (NONE, np.zeros(0, np.int64))
 
     def for_share(self, share: Share) -> DeviceRows:
@@ -214,20 +214,20 @@ class DeviceRows:
 
     def next(self) -> PackedBatch:
         """The next batch, on the device."""
-        first = self.cursor
+        first_document = self.cursor
         entries, documents = zip(*(self._row() for _ in range(self.rows)), strict=True)
         entry_BT = torch.from_numpy(np.stack(entries)).to(self._device, non_blocking=True)
         document_BT = torch.from_numpy(np.stack(documents)).to(self._device, non_blocking=True)
-        return self._fill(entry_BT, document_BT, first)
+        return self._batch(entry_BT, document_BT, first_document)
 
     def _row(self) -> tuple[np.ndarray, np.ndarray]:
         """For each position of a row its entry in the columns (`NONE`: padding), and the number of
         its document within the row."""
         chosen: list[int] = []
         free = self.length  # a document that does not fit starts the next row
-        while (needed := self._lengths[number := self._document(self.cursor)]) <= free:
+        while (length := self._lengths[number := self._template(self.cursor)]) <= free:
             chosen.append(number)
-            free -= needed
+            free -= length
             self.cursor += 1
         entries = np.full(self.length, NONE, np.int64)
         documents = np.full(self.length, len(chosen), np.int64)
@@ -239,19 +239,21 @@ class DeviceRows:
         entries[:used] = np.arange(used) + np.repeat(first_entries, lengths)
         return entries, documents
 
-    def _document(self, number: int) -> int:
-        """The template of document `number`, which goes on from epoch to epoch."""
+    def _template(self, number: int) -> int:
+        """The index of the template of document `number`; documents are numbered through all
+        epochs."""
         epoch, position = divmod(number, len(self._lengths))
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, 11, epoch])
             self._order = epoch, rng.permutation(len(self._lengths))
         return int(self._order[1][position])
 
-    def _fill(self, entry_BT: Tensor, document_BT: Tensor, first: int) -> PackedBatch:
-        """The batch at these entries; `first` is the number of its first document."""
+    def _batch(self, entry_BT: Tensor, document_BT: Tensor, first_document: int) -> PackedBatch:
+        """The batch at these entries. `first_document` is the number of its first document, which
+        sets the random numbers."""
         generator = torch.Generator(self._device)
-        generator.manual_seed(self._seed * 1_000_003 + first)
-        shape = (self.rows, self.length + 1, self._slots, 2)
+        generator.manual_seed(self._seed * 1_000_003 + first_document)
+        shape = (self.rows, self.length + 1, self._max_images, 2)
         uniform_BDS2 = torch.rand(shape, generator=generator, device=self._device)
         filled_BT, entry_BT = entry_BT >= 0, entry_BT.clamp_min(0)
         # A document of n tokens takes n - 1 positions: the last token is only a target.
@@ -271,16 +273,19 @@ class DeviceRows:
         )
 
     def _tokens(self, entry_BT: Tensor, document_BT: Tensor, uniform_BDS2: Tensor) -> Tensor:
-        """The tokens at these entries, with each image in a random variant."""
+        """The tokens at these entries, with each image in a variant that its two random numbers
+        (uniform in [0, 1)) choose."""
         columns = self._columns
         number_BT = columns.picture_M[entry_BT]
-        which_BT, exact_BT = self._by_image(uniform_BDS2, entry_BT, document_BT).unbind(-1)
-        allowed_BT = torch.where(columns.plain_M[entry_BT], self._plain, self._codes_PVC.shape[1])
-        prompt_BT = (which_BT * allowed_BT).long()
+        variant_u_BT, change_u_BT = self._by_image(uniform_BDS2, entry_BT, document_BT).unbind(-1)
+        num_variants_BT = torch.where(
+            columns.plain_M[entry_BT], self._plain, self._codes_PVC.shape[1]
+        )
+        prompt_BT = (variant_u_BT * num_variants_BT).long()
         # Variants 1 to plain - 1 are augmented in the same colours.
         num_augmented = max(1, self._plain - 1)
-        augmented_BT = (1 + (which_BT * num_augmented).long()).clamp_max(self._plain - 1)
-        answer_BT = torch.where(exact_BT >= self._config.changed_answers, 0, augmented_BT)
+        augmented_BT = (1 + (variant_u_BT * num_augmented).long()).clamp_max(self._plain - 1)
+        answer_BT = torch.where(change_u_BT >= self._config.changed_answers, 0, augmented_BT)
         variant_BT = torch.where(columns.answer_M[entry_BT], answer_BT, prompt_BT)
         offset_BT = columns.offset_M[entry_BT].clamp_min(0).long()
         code_BT = self._codes_PVC[number_BT.clamp_min(0).long(), variant_BT, offset_BT].long()
@@ -299,14 +304,14 @@ class DeviceRows:
         if not share:
             return tokens_BT
         columns, (num_images, _, num_codes) = self._columns, self._codes_PVC.shape
-        shape = (self.rows, self.length + 1, self._slots, 3)
+        shape = (self.rows, self.length + 1, self._max_images, 3)
         uniform_BDS3 = torch.rand(shape, generator=generator, device=self._device)
         uniform_BT3 = self._by_image(uniform_BDS3, entry_BT, document_BT)
-        chosen_BT, which_BT, end_BT = uniform_BT3.unbind(-1)
+        swap_u_BT, image_u_BT, end_u_BT = uniform_BT3.unbind(-1)
         offset_BT = columns.offset_M[entry_BT].long()
-        swapped_BT = (chosen_BT < share) & columns.answer_M[entry_BT] & (offset_BT >= 0)
-        swapped_BT &= offset_BT <= end_BT * num_codes
-        other_BT = (which_BT * num_images).long()
+        swapped_BT = (swap_u_BT < share) & columns.answer_M[entry_BT] & (offset_BT >= 0)
+        swapped_BT &= offset_BT <= end_u_BT * num_codes
+        other_BT = (image_u_BT * num_images).long()
         code_BT = self._codes_PVC[other_BT, 0, offset_BT.clamp_min(0)].long()
         return torch.where(swapped_BT, self._tokens_K[code_BT], tokens_BT)
 
@@ -319,15 +324,15 @@ class DeviceRows:
         num_codes, num_near = len(self._tokens_K), self._near_KN.shape[1]
         shape = (4, *tokens_BT.shape)
         uniform_4BT = torch.rand(shape, generator=generator, device=self._device)
-        which_near_BT, is_near_BT, which_any_BT, chosen_BT = uniform_4BT
+        near_u_BT, kind_u_BT, any_u_BT, replace_u_BT = uniform_4BT
         code_BT = self._code_of_token[tokens_BT].clamp_min(0)
-        near_BT = self._near_KN[code_BT, (which_near_BT * num_near).long()].long()
-        any_BT = (which_any_BT * num_codes).long()
-        other_BT = torch.where(is_near_BT < self._config.near, near_BT, any_BT)
+        near_BT = self._near_KN[code_BT, (near_u_BT * num_near).long()].long()
+        any_BT = (any_u_BT * num_codes).long()
+        other_BT = torch.where(kind_u_BT < self._config.near, near_BT, any_BT)
         share_BT = torch.where(
             self._columns.answer_M[entry_BT], self._config.replace, self._config.in_prompts
         )
-        replaced_BT = (chosen_BT < share_BT) & (self._columns.picture_M[entry_BT] >= 0)
+        replaced_BT = (replace_u_BT < share_BT) & (self._columns.picture_M[entry_BT] >= 0)
         return torch.where(replaced_BT, self._tokens_K[other_BT], tokens_BT)
 
     @cached_property

@@ -38,8 +38,9 @@ _FORMER_NAMES = {
     "SquaresConfig": "ImageTokenizerConfig",
     "EmojiImageTokenizerConfig": "ImageTokenizerConfig",
 }
-# Fields, and groups of fields, that do not change the result: a finished run may have others.
-_FREE_FIELDS = {
+# Fields, and groups of fields, that do not change the result: they may differ from those of a
+# finished run.
+_CHANGEABLE_FIELDS = {
     "run.out",
     "run.device",
     "run.compile",
@@ -56,7 +57,7 @@ _FREE_FIELDS = {
     "prompts",
     "merge",
 }
-_FREE_GROUPS = ("run.parallel.", "run.watch.")
+_CHANGEABLE_GROUPS = ("run.parallel.", "run.watch.")
 
 _locked_here: set[Path] = set()  # folders whose lock this process holds
 
@@ -84,10 +85,9 @@ def _acquire(file: TextIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        who = file.read().strip() or "another process"
+        holder = file.read().strip() or "another process"
         raise SettingError(
-            f"out={folder} is being trained in by {who}: wait for it, end it, or give another out "
-            "folder"
+            f"out={folder} is in use by {holder}: wait for it, end it, or give another out folder"
         ) from None
     except OSError:  # a file system without locks
         return
@@ -113,8 +113,8 @@ def _open_lock(folder: Path) -> TextIO:
 def begin(
     folder: Path, config_class: str, fields: Mapping[str, str], holds_runs: bool = False
 ) -> None:
-    """Write `run.json`, or check that it is that of this run. Prints the fields that have changed
-    in a run that continues.
+    """Write `run.json`, or check that the one in the folder is of this run. Prints the fields that
+    have changed in a run that continues.
 
     `holds_runs`: the folder holds the folders of several runs. Raises `SettingError` if it holds
     anything else, another kind of run, or a finished run with other fields.
@@ -124,7 +124,7 @@ def begin(
     # A `run.json` alone is that of a run that ended before its first step, e.g. for want of data.
     note = None if _names_in(folder) == [NOTE] else _note(folder)
     if note is None:
-        _check_is_free(folder, holds_runs)
+        _check_is_unused(folder, holds_runs)
     else:
         _compare(folder, note, config_class, fields)
     if note is None or not checkpoint.steps(folder):
@@ -163,13 +163,13 @@ def _names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _check_is_free(folder: Path, holds_runs: bool) -> None:
+def _check_is_unused(folder: Path, holds_runs: bool) -> None:
     """Raise `SettingError` if the folder holds anything but a run without a `run.json`."""
     # Another process of this run may have made its folder already.
-    others = [name for name in _names_in(folder) if not re.fullmatch(r"process-\d+", name)]
-    if others and not any(map(_is_run, (folder, *(folder.iterdir() if holds_runs else ())))):
+    names = [name for name in _names_in(folder) if not re.fullmatch(r"process-\d+", name)]
+    if names and not any(map(_is_run, (folder, *(folder.iterdir() if holds_runs else ())))):
         raise SettingError(
-            f"out={folder} is not empty and holds no run that could continue ({others[0]} is "
+            f"out={folder} is not empty and holds no run that could continue ({names[0]} is "
             "there): give another out folder"
         )
 
@@ -189,11 +189,11 @@ def _compare(
             f"out={folder} holds a run of another kind ({note.get('kind')}, not {config_class}): "
             "give another out folder"
         )
-    before = note.get("fields", {})
+    old_fields = note.get("fields", {})
     changed = [
-        f"{name}={value} (it was {before[name]})"
+        f"{name}={value} (it was {old_fields[name]})"
         for name, value in fields.items()
-        if before.get(name, value) != value and not _is_free(name)
+        if old_fields.get(name, value) != value and not _is_changeable(name)
     ]
     if changed and note.get("finished"):
         raise SettingError(
@@ -204,8 +204,8 @@ def _compare(
         say(f"{folder} continues from its checkpoint, now with {', '.join(changed)}")
 
 
-def _is_free(name: str) -> bool:
-    return name in _FREE_FIELDS or name.startswith(_FREE_GROUPS)
+def _is_changeable(name: str) -> bool:
+    return name in _CHANGEABLE_FIELDS or name.startswith(_CHANGEABLE_GROUPS)
 
 
 def _note(folder: Path) -> dict[str, Any] | None:
@@ -275,9 +275,9 @@ def termination_raises() -> Iterator[None]:
     if has_several or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    previous_handler = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         with suppress(TypeError):  # a handler that Python did not set
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous_handler)

@@ -209,13 +209,13 @@ def count_micro_batches(batch: int, micro_batch: int) -> int:
     """How many times per step this process computes `micro_batch` images (0: all at once). Raises
     `SettingError` if the `batch` of all processes cannot be divided so."""
     num_processes = processes.count()
-    at_once = num_processes * max(1, micro_batch)
-    if batch < 1 or micro_batch < 0 or batch % at_once:
+    images_at_once = num_processes * max(1, micro_batch)
+    if batch < 1 or micro_batch < 0 or batch % images_at_once:
         raise SettingError(
             f"batch={batch} cannot be shared by {num_processes} processes that compute "
-            f"micro_batch={max(1, micro_batch)} at a time: choose a multiple of {at_once}"
+            f"micro_batch={max(1, micro_batch)} at a time: choose a multiple of {images_at_once}"
         )
-    return batch // at_once if micro_batch else 1
+    return batch // images_at_once if micro_batch else 1
 
 
 def begin_with(model: VQGAN, start: str) -> VQGAN:
@@ -259,7 +259,8 @@ def _require_grad_of_output(module: nn.Module, inputs: Any, output: Tensor) -> N
 
 
 class _MicroBatchResult(NamedTuple):
-    """What `after` needs of a micro batch: images, reconstructions, latents and codes."""
+    """What `ImageTokenizerTask.after` needs of a micro batch: images, reconstructions, latents and
+    codes."""
 
     reals_BCYX: Tensor
     fakes_BCYX: Tensor
@@ -314,12 +315,12 @@ class ImageTokenizerTask(Task):
         # before its checkpoint is loaded.
         self._first_encoder: nn.Module | None = None
         if self._encoder_only and config.match:
-            first = nn.Sequential(deepcopy(model.encoder), deepcopy(model.quant_conv))
-            self._first_encoder = first.requires_grad_(False)
+            first_encoder = nn.Sequential(deepcopy(model.encoder), deepcopy(model.quant_conv))
+            self._first_encoder = first_encoder.requires_grad_(False)
         if self._encoder_only and config.first_level:
             last_frozen = cast("Level", model.encoder.down[config.first_level - 1])
             last_frozen.downsample.register_forward_hook(_require_grad_of_output)
-        # How often each code was used lately: older uses count less and less.
+        # How often each code was used, with a weight that decays step by step (see `after`).
         self._uses_K = torch.zeros(model.config.num_embeddings, device=device)
         self._perceptual = _build_perceptual(config, device)
         self._discriminator = _build_discriminator(config, model, device)
@@ -344,15 +345,17 @@ class ImageTokenizerTask(Task):
             pixels = torch.empty(1, config.in_channels, config.resolution, config.resolution)
         with FlopCounterMode(display=False) as counter:
             codes = model.encode(pixels)
-            encoder = counter.get_total_flops()
+            encoder_flops = counter.get_total_flops()
             model.decoder(model.post_quant_conv(model.embed(codes)))  # type: ignore[misc]
-        whole = counter.get_total_flops()
+        flops = counter.get_total_flops()
         # A backward pass takes twice the operations of its forward pass, and as many as its forward
         # pass where no weights are trained.
         if self._encoder_only:
-            decoder = 2 * (whole - encoder) * self.config.drawn
-            return float((4 if self._first_encoder is not None else 3) * encoder + decoder)
-        return float(3 * whole - 2 * encoder if self._decoder_only else 3 * whole)
+            decoder_flops = 2 * (flops - encoder_flops) * self.config.drawn
+            # One more forward pass, for `match`, by the encoder that the run began with.
+            encoder_passes = 4 if self._first_encoder is not None else 3
+            return float(encoder_passes * encoder_flops + decoder_flops)
+        return float(3 * flops - 2 * encoder_flops if self._decoder_only else 3 * flops)
 
     def distribute(
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
@@ -377,8 +380,8 @@ class ImageTokenizerTask(Task):
             self._fetch(step)
         (images, labels), cfg = self._micro_batches.pop(0), self.config
         # Without this ramp the codebook collapses onto a few codewords.
-        share = 1.0 if self._encoder_only else min(1.0, step / max(1, cfg.ramp_steps))
-        blend = torch.tensor(share, device=self._device)
+        codeword_share = 1.0 if self._encoder_only else min(1.0, step / max(1, cfg.ramp_steps))
+        blend = torch.tensor(codeword_share, device=self._device)
         if self._decoder_only:
             out = self._forward_decoder(images)
         else:
@@ -389,13 +392,14 @@ class ImageTokenizerTask(Task):
             total = total + self._codebook_loss(out, blend, metrics)
         if self._first_encoder is not None:
             with torch.no_grad():
-                before = self._first_encoder(images).float()
-            metrics["match"] = F.mse_loss(out.latents.float(), before) / before.var()
+                first_latents = self._first_encoder(images).float()
+            difference = F.mse_loss(out.latents.float(), first_latents)
+            metrics["match"] = difference / first_latents.var()
             total = total + cfg.match * metrics["match"]
         if self.head is not None and labels is not None:
             # Straight-through: the value of the codewords, the gradient of the latents.
-            through = out.latents + blend * (out.nearest - out.latents).detach()
-            metrics["naming"], metrics["named"] = naming_loss(self.head(through), labels)
+            head_input = out.latents + blend * (out.nearest - out.latents).detach()
+            metrics["naming"], metrics["named"] = naming_loss(self.head(head_input), labels)
             total = total + cfg.naming * metrics["naming"]
         metrics = {name: value.detach() for name, value in metrics.items()}
         metrics |= self._usage(out.codes)
@@ -429,10 +433,11 @@ class ImageTokenizerTask(Task):
         codes_N = torch.cat([result.codes_N for result in results])
         if self._ema is not None:
             self._ema.update(vectors_NC, codes_N, self._mesh)
-        revives = step % self.config.revive_every == 0 and self._trainable == "all"
-        if revives and max(self.progress, step / self.steps) < self.config.revive_until:
+        may_revive = step % self.config.revive_every == 0 and self._trainable == "all"
+        if may_revive and max(self.progress, step / self.steps) < self.config.revive_until:
             self._revive(vectors_NC)
-        self._uses_K *= 1 - 1 / self.config.revive_every  # forgets over about that many steps
+        # A moving sum over about the last `revive_every` steps.
+        self._uses_K *= 1 - 1 / self.config.revive_every
         uses_K = torch.bincount(codes_N, minlength=len(self._uses_K))
         self._uses_K += parallel.data_sum(uses_K, self._mesh)
         if self._discriminator is None or step < self.config.adversarial_from:
@@ -454,11 +459,11 @@ class ImageTokenizerTask(Task):
         return tensors, {"loss": settings, "trainable": self._trainable}
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        before = state.get("trainable", "all")
-        if before != self._trainable:
+        saved_trainable = state.get("trainable", "all")
+        if saved_trainable != self._trainable:
             raise CheckpointError(
-                f"the run began with trainable={before}, not {self._trainable}: give the same or "
-                "another out folder"
+                f"the run began with trainable={saved_trainable}, not {self._trainable}: give the "
+                "same or another out folder"
             )
         missing = self.state()[0].keys() - tensors.keys()
         if missing:
@@ -482,8 +487,8 @@ class ImageTokenizerTask(Task):
         pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
         pixels = pixels.to(self._device, non_blocking=True)
         images = pixels.contiguous(memory_format=torch.channels_last).chunk(count)
-        labels_of = labels.to(self._device).chunk(count) if labels is not None else None
-        self._micro_batches = list(zip(images, labels_of or [None] * len(images), strict=True))
+        label_chunks = labels.to(self._device).chunk(count) if labels is not None else None
+        self._micro_batches = list(zip(images, label_chunks or [None] * len(images), strict=True))
         self._results = []
 
     def _forward_decoder(self, images_BCYX: Tensor) -> Quantized:
@@ -503,8 +508,9 @@ class ImageTokenizerTask(Task):
             codes = self.model.nearest_codes(latents.detach().float())
         nearest = self.model.embed(codes)
         count = max(1, round(self.config.drawn * len(x_BCYX)))
-        through = latents[:count] + (nearest - latents)[:count].detach()
-        return Quantized(self.model.pixels(through), latents, nearest, codes)
+        # Straight-through: the value of the codewords, the gradient of the latents.
+        decoder_input = latents[:count] + (nearest - latents)[:count].detach()
+        return Quantized(self.model.pixels(decoder_input), latents, nearest, codes)
 
     def _perturb(self, codes: Tensor) -> Tensor:
         """The codes, of which the share `perturb` is replaced by one of the nearest codes."""
@@ -527,9 +533,12 @@ class ImageTokenizerTask(Task):
     def _usage(self, codes: Tensor) -> dict[str, Tensor]:
         """Use of the codebook over the last steps: perplexity, and the share of codes that were
         used about once or more; and the number of different codes in this micro batch."""
-        in_batch = torch.tensor(float(codes.unique().numel()))
-        used = (self._uses_K >= 1).float().mean()
-        return {"perplexity": perplexity(self._uses_K), "usage": used, "codes_in_batch": in_batch}
+        codes_in_batch = torch.tensor(float(codes.unique().numel()))
+        return {
+            "perplexity": perplexity(self._uses_K),
+            "usage": (self._uses_K >= 1).float().mean(),
+            "codes_in_batch": codes_in_batch,
+        }
 
     def _revive(self, vectors_NC: Tensor) -> None:
         """Move codewords that were rarely used lately onto random latents of this batch."""
@@ -575,7 +584,8 @@ def _vectors(out: Quantized) -> tuple[Tensor, Tensor]:
 
 
 def perplexity(uses_K: Tensor) -> Tensor:
-    """e to the entropy of the use of codes: as many codes, used evenly, have the same entropy."""
+    """e to the entropy of the use of codes: the number of codes that would have this entropy if all
+    were used equally often."""
     share_K = uses_K / uses_K.sum().clamp_min(1)
     return (-(share_K * share_K.clamp_min(1e-10).log()).sum()).exp()
 
@@ -592,6 +602,7 @@ class _EmaCodebook:
         self.sum_KC = self._weight_KC.detach().clone().float()
 
     def update(self, vectors_NC: Tensor, codes_N: Tensor, mesh: DeviceMesh | None) -> None:
+        """Add the latents of a step and their codes to the averages, and move the codewords."""
         count = torch.bincount(codes_N, minlength=len(self.count_K)).float()
         total = torch.zeros_like(self.sum_KC).index_add_(0, codes_N, vectors_NC)
         self.count_K.lerp_(parallel.data_sum(count, mesh), 1 - self._decay)

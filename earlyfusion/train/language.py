@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from earlyfusion import parallel
 from earlyfusion.config import ModelConfig
 from earlyfusion.data.corpus import CorpusConfig
-from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights, Rows, Stream
+from earlyfusion.data.packing import BatchSource, PackedBatch, Packer, RoleWeights, Stream
 from earlyfusion.errors import SettingError
 from earlyfusion.fields import check_at_least, check_shares
 from earlyfusion.kernels.fused import CausalAttend
@@ -138,7 +138,7 @@ class BatchPrefetcher:
     computed. `cursor` is the number of the first document after the last batch that was returned; a
     batch that is only prepared does not count."""
 
-    def __init__(self, packer: Rows, transfer: Transfer) -> None:
+    def __init__(self, packer: BatchSource, transfer: Transfer) -> None:
         self.cursor = packer.cursor
         self._packer, self._transfer = packer, transfer
         self._pool = ThreadPoolExecutor(1, "batches")
@@ -173,14 +173,14 @@ class LanguageTask(Task):
     """
 
     def __init__(
-        self, model: Transformer, packer: Rows, z_weight: float = 1e-5, micro_rows: int = 0
+        self, model: Transformer, packer: BatchSource, z_weight: float = 1e-5, micro_rows: int = 0
     ) -> None:
         self.model: Transformer = accelerate(model)
         self._packer, self._z_weight, self._micro_rows = packer, z_weight, micro_rows
         self._mesh: DeviceMesh | None = None
         self._micro_batches: list[PackedBatch] = []
         self._prefetcher: BatchPrefetcher | None = None
-        self._trainable = lora.trainable(model)
+        self._trainable = lora.trainable_part(model)
         self._fingerprint = checkpoint.fingerprint(model)
         self._step_weight = torch.zeros(())
         self._output_norm = torch.zeros(())
@@ -227,18 +227,18 @@ class LanguageTask(Task):
         loss = self._loss_of(batch)
         # The loss is a mean over the micro batch: scale it by its share of the step's weight.
         share = batch.weight_BT.sum().clamp_min(1e-8) / self._step_weight
-        counted_BT = batch.weight_BT > 0
+        is_counted_BT = batch.weight_BT > 0
         metrics = {
-            "text_nats": masked_mean(loss.nats_BT, counted_BT & ~batch.image_BT),
-            "image_nats": masked_mean(loss.nats_BT, counted_BT & batch.image_BT),
-            "log_z_squared": loss.z,
+            "text_nats": masked_mean(loss.nats_BT, is_counted_BT & ~batch.image_BT),
+            "image_nats": masked_mean(loss.nats_BT, is_counted_BT & batch.image_BT),
+            "log_z_squared": loss.log_z_squared,
             "output_norm": self._output_norm,
-            "top_logit": loss.top,
+            "top_logit": loss.max_logit,
         }
         return loss.total * share, metrics, float(batch.tokens_BT.numel())
 
     def _loss_of(self, batch: PackedBatch) -> TokenLoss:
-        # One object can serve all layers, as it only holds the mask.
+        # All layers share one object, because it only holds the mask.
         attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
         x_BTD = self.model.hidden_states(batch.tokens_BT, batch.positions_BT, attends)
         x_BTD, head_VD, vocab_slice = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
@@ -254,17 +254,17 @@ class LanguageTask(Task):
         made on the device."""
         if not isinstance(self._packer, Packer):
             raise SettingError(
-                "rows that are put together on the device cannot hold out documents: leave out "
+                "rows that are assembled on the device cannot hold out documents: leave out "
                 "validation= and validation_data="
             )
         device = next(self.model.parameters()).device
         sums = torch.zeros(2, 2, device=device)  # rows: text, image; columns: nats, weight
         for batch in self._packer.batches(documents, self._micro_rows or 1):
             batch = batch.to(device)
-            weighted_BT = self._loss_of(batch).nats_BT * batch.weight_BT
-            for row, is_counted_BT in enumerate((~batch.image_BT, batch.image_BT)):
-                sums[row, 0] += (weighted_BT * is_counted_BT).sum()
-                sums[row, 1] += (batch.weight_BT * is_counted_BT).sum()
+            weighted_nats_BT = self._loss_of(batch).nats_BT * batch.weight_BT
+            for row, mask_BT in enumerate((~batch.image_BT, batch.image_BT)):
+                sums[row, 0] += (weighted_nats_BT * mask_BT).sum()
+                sums[row, 1] += (batch.weight_BT * mask_BT).sum()
         sums = parallel.data_sum(sums, self._mesh)
         names = ("validation_text_nats", "validation_image_nats")
         means = {n: float(nats / w) for n, (nats, w) in zip(names, sums, strict=True) if w > 0}

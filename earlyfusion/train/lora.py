@@ -24,7 +24,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.vocabulary import Ids
 
 
-class Adapted(nn.Linear):
+class AdaptedLinear(nn.Linear):
     """A linear layer with a low-rank adapter: `lora_a` is [rank, in], `lora_b` [out, rank]. The
     names of its weight and bias do not change."""
 
@@ -49,8 +49,8 @@ class Adapted(nn.Linear):
         """A plain layer with the same outputs, and with the dtype of this layer's weight."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        change = self.scale * (self.lora_b.float() @ self.lora_a.float())
-        weight = (self.weight.float() + change).to(self.weight.dtype)
+        update = self.scale * (self.lora_b.float() @ self.lora_a.float())
+        weight = (self.weight.float() + update).to(self.weight.dtype)
         linear.weight, linear.bias = nn.Parameter(weight), self.bias
         return linear
 
@@ -59,14 +59,14 @@ def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
     """Freeze a model and give every linear layer of its blocks an adapter of `rank`. `alpha`
     defaults to twice the rank. Raises `SettingError` if the rank is below 1 or above the smallest
     side of their weights."""
-    narrowest = min(min(linear.weight.shape) for _, _, linear in _linears(model))
-    if not 1 <= rank <= narrowest:
+    max_rank = min(min(linear.weight.shape) for _, _, linear in _linears(model))
+    if not 1 <= rank <= max_rank:
         raise SettingError(
-            f"lora={rank} is not a rank that this model allows: choose 1 to {narrowest}"
+            f"lora={rank} is not a rank that this model allows: choose 1 to {max_rank}"
         )
     model.requires_grad_(False)
     for parent, name, linear in _linears(model):
-        setattr(parent, name, Adapted(linear, rank, 2.0 * rank if alpha is None else alpha))
+        setattr(parent, name, AdaptedLinear(linear, rank, 2.0 * rank if alpha is None else alpha))
 
 
 def adapters(model: Transformer) -> dict[str, LowRank]:
@@ -74,7 +74,7 @@ def adapters(model: Transformer) -> dict[str, LowRank]:
     return {
         name: LowRank(layer.lora_a, layer.lora_b, layer.scale)
         for name, layer in model.named_modules()
-        if isinstance(layer, Adapted)
+        if isinstance(layer, AdaptedLinear)
     }
 
 
@@ -82,7 +82,7 @@ def merge(model: Transformer) -> None:
     """Merge adapters and image rows into the weights. The model is then a plain one again, with no
     weight frozen."""
     for parent, name, linear in _linears(model):
-        if isinstance(linear, Adapted):
+        if isinstance(linear, AdaptedLinear):
             setattr(parent, name, linear.merged())
     if parametrize.is_parametrized(model.lm_head):
         parametrize.remove_parametrizations(model.lm_head, "weight", leave_parametrized=True)
@@ -116,18 +116,19 @@ def train_image_head(model: Transformer, image_tokens: Ids) -> None:
     parametrize.register_parametrization(model.lm_head, "weight", rows)
 
 
-def trainable(model: Transformer) -> str:
+def trainable_part(model: Transformer) -> str:
     """Which weights of a model are trained: a key of `plan.TRAINABLE`."""
     frozen = [not parameter.requires_grad for parameter in model.model.parameters()]
     return "image_head" if all(frozen) else "adapters" if any(frozen) else "all"
 
 
-def products(model: Transformer) -> list[nn.Linear]:
-    """The linear layers of the blocks, which get the adapters."""
+def block_linears(model: Transformer) -> list[nn.Linear]:
+    """The linear layers of the blocks, which are those that `adapt` gives adapters."""
     return [linear for _, _, linear in _linears(model)]
 
 
 def _linears(model: Transformer) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers of the blocks, each with its parent module and its name there."""
     return [
         (parent, name, child)
         for parent in model.model.layers.modules()

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 
 class TokenLoss(NamedTuple):
-    """`total` is minimised; `nats_BT` is the plain cross-entropy of each target, `z` the mean of
-    log^2 Z, `top` the largest logit."""
+    """The loss and what a run logs of it. Only `total` has gradients."""
 
     total: Tensor
-    z: Tensor
+    """What is minimised: the weighted mean of cross-entropy + z_weight * log^2 Z."""
+    log_z_squared: Tensor
+    """The weighted mean of log^2 Z, where Z is the sum of a position's exponentiated logits."""
     nats_BT: Tensor
-    top: Tensor
+    """The cross-entropy of each target."""
+    max_logit: Tensor
+    """The largest logit of all positions."""
 
 
 def next_token_loss(
@@ -41,9 +44,9 @@ def next_token_loss(
     nats_BT = nats_BT.view_as(weight_BT)
     log_z_BT = torch.logsumexp(logits_BTV, -1)
     share_BT = weight_BT / weight_BT.sum().clamp_min(1e-8)
-    z = (share_BT * log_z_BT.square()).sum()
-    total = (share_BT * nats_BT).sum() + z_weight * z
-    return TokenLoss(total, z.detach(), nats_BT.detach(), logits_BTV.detach().amax())
+    log_z_squared = (share_BT * log_z_BT.square()).sum()
+    total = (share_BT * nats_BT).sum() + z_weight * log_z_squared
+    return TokenLoss(total, log_z_squared.detach(), nats_BT.detach(), logits_BTV.detach().amax())
 
 
 def head_loss(
@@ -71,12 +74,12 @@ def head_loss(
     weight_N = weight_BT.flatten()[counted_N]
     share_N = weight_N / weight_N.sum().clamp_min(1e-8)
     targets_N = targets_BT.flatten()[counted_N]
-    total, z, nats_N, top = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+    total, log_z_squared, nats_N, max_logit = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         x_ND, head_VD, targets_N, share_N, z_weight, block, vocab_slice
     )
     nats_BT = torch.zeros_like(weight_BT).flatten()
     nats_BT[counted_N] = nats_N
-    return TokenLoss(total, z.detach(), nats_BT.view_as(weight_BT), top)
+    return TokenLoss(total, log_z_squared.detach(), nats_BT.view_as(weight_BT), max_logit)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -100,25 +103,26 @@ class _HeadLoss(torch.autograd.Function):
         # Gradients are computed here: `backward` would need all logits to be kept.
         grad_x_ND = torch.empty_like(x_ND)
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
-        nats, z = [], x_ND.new_zeros((), dtype=torch.float32)
-        highest = torch.full_like(z, -math.inf)
+        nats, log_z_squared = [], x_ND.new_zeros((), dtype=torch.float32)
+        max_logit = torch.full_like(log_z_squared, -math.inf)
         columns = (c.split(block) for c in (x_ND, grad_x_ND, targets_N, share_N))
         with torch.autocast(device_type, enabled=False):
             for x, grad_x, target, share in zip(*columns, strict=True):
                 logits = (x.to(dtype) @ head.T).float()
                 target_row, is_local = _local_rows(target, len(head), vocab_slice)
                 target_logit = logits.gather(1, target_row)[:, 0]
-                top = logits.amax(-1, keepdim=True)
-                highest = torch.cat((highest[None], top[:, 0])).amax()
-                exps = logits.sub_(top).exp_()  # in place: logits are the peak of memory
+                row_max = logits.amax(-1, keepdim=True)
+                max_logit = torch.cat((max_logit[None], row_max[:, 0])).amax()
+                exps = logits.sub_(row_max).exp_()  # in place: logits are the peak of memory
                 sums = exps.sum(-1)
-                log_z = sums.log() + top[:, 0]
+                log_z = sums.log() + row_max[:, 0]
                 if vocab_slice is not None:
+                    # From here on `log_z`, `sums` and the logit of the target are of all slices.
                     slice_log_z = log_z
                     log_z, target_logit = vocab_slice.combine(slice_log_z, target_logit * is_local)
                     sums = sums * (log_z - slice_log_z).exp()
                 nats.append(log_z - target_logit)
-                z += (share * log_z.square()).sum()
+                log_z_squared += (share * log_z.square()).sum()
                 # d(nats) = softmax - onehot, d(log^2 Z) = 2 log Z softmax.
                 scale = share * (1 + 2 * z_weight * log_z)
                 grad = exps.mul_((scale / sums)[:, None])
@@ -129,14 +133,15 @@ class _HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(*gradients, x_ND, head_VD, targets_N, share_N)
         ctx.z_weight, ctx.vocab_slice, ctx.dtype = z_weight, vocab_slice, dtype
         nats_N = torch.cat(nats) if nats else x_ND.new_zeros(0, dtype=torch.float32)
-        ctx.mark_non_differentiable(nats_N, highest)
-        return (share_N * nats_N).sum() + z_weight * z, z, nats_N, highest
+        ctx.mark_non_differentiable(nats_N, max_logit)
+        total = (share_N * nats_N).sum() + z_weight * log_z_squared
+        return total, log_z_squared, nats_N, max_logit
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_ND, grad_head_VD, *inputs, targets_N, share_N = ctx.saved_tensors
         grad_total = grads[0]
-        if torch.is_grad_enabled():  # second derivatives are wanted
+        if torch.is_grad_enabled():  # by `create_graph=True`, for second derivatives
             _refuse_slice(ctx.vocab_slice)
             formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
             input_grads = autograd_gradients(formula, tuple(inputs), grad_total)
@@ -178,7 +183,8 @@ def _refuse_slice(vocab_slice: VocabularySlice | None) -> None:
 def _local_rows(
     target_N: Tensor, rows: int, vocab_slice: VocabularySlice | None
 ) -> tuple[Tensor, Tensor]:
-    """The row of the head for each target, [N, 1], and 1 if that row is here, else 0."""
+    """The row of `head_VD` for each target, [N, 1], and whether this process has that row, [N]. The
+    row of a target that it does not have is any valid one."""
     if vocab_slice is None:
         return target_N[:, None], torch.ones_like(target_N)
     local_N = target_N - vocab_slice.first

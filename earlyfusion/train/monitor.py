@@ -25,7 +25,7 @@ _SECONDS_PER_LINE = 60.0  # between printed lines, where there is no progress ba
 
 
 class Monitor:
-    """Reports on a run in the folder `run` that starts at step `first` (not 0 if it continues).
+    """Reports on a run in the folder `run` that starts at `first_step` (not 0 if it continues).
 
     `flops` are the operations that one token or image takes, `peak()` those that all devices can do
     per second; without `peak`, no `mfu` is logged. `seconds_left(step_seconds, done)` are the
@@ -36,7 +36,7 @@ class Monitor:
     def __init__(
         self,
         run: Path,
-        first: int,
+        first_step: int,
         steps: int,
         wandb: bool = False,
         quiet: bool = False,
@@ -44,18 +44,20 @@ class Monitor:
         peak: Callable[[], float] | None = None,
         seconds_left: Callable[[float, int], float] | None = None,
     ) -> None:
-        self._seconds_left = seconds_left or (lambda each, done: each * (steps - done))
+        self._seconds_left = seconds_left or (
+            lambda step_seconds, done: step_seconds * (steps - done)
+        )
         self._run, self._quiet, self._steps = run, quiet, steps
         self._flops, self._peak = flops, peak
-        # Since the last call of `log`: when it was, units processed, steps done.
-        self._since, self._units, self._done = time.perf_counter(), 0.0, 0
+        # When `log` was last called, and the units and steps that were done since then.
+        self._log_time, self._units, self._steps_done = time.perf_counter(), 0.0, 0
         self._next_print = 0.0
         if quiet:
             return
         run.mkdir(parents=True, exist_ok=True)
-        _drop_from(run / "metrics.jsonl", first)
+        _drop_rows(run / "metrics.jsonl", first_step)
         self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = _summary_writer(run, first)
+        self._tensorboard = _summary_writer(run, first_step)
         self._wandb = _wandb_run(run) if wandb else None
         columns = (
             TextColumn("{task.description}"),
@@ -65,13 +67,13 @@ class Monitor:
         )
         self._console = Console(stderr=True)
         self._bar = Progress(*columns, console=self._console, disable=not sys.stderr.isatty())
-        self._task = self._bar.add_task("training", total=steps, completed=first)
+        self._task = self._bar.add_task("training", total=steps, completed=first_step)
         self._bar.start()
 
     def advance(self, step: int, units: float) -> None:
         """Count a step that processed `units` tokens or images."""
         self._units += units
-        self._done += 1
+        self._steps_done += 1
         if not self._quiet:
             self._bar.update(self._task, completed=step + 1)
 
@@ -91,8 +93,8 @@ class Monitor:
             if self._wandb is not None:
                 self._wandb.log(metrics | speed, step=step)
         first_metrics = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
-        share = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
-        status = f"{first_metrics}  {speed['per_second']:,.0f}/s{share}"
+        mfu = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
+        status = f"{first_metrics}  {speed['per_second']:,.0f}/s{mfu}"
         self._bar.update(self._task, description=status)
         if self._bar.disable:
             self._print(step + 1, status, speed["eta_seconds"])
@@ -114,14 +116,14 @@ class Monitor:
             notes.write(json.dumps({"step": step, "note": sentence}) + "\n")
         self._console.print(f"step {step}: {sentence}", highlight=False)
 
-    def rewind(self, first: int) -> None:
-        """Remove the metrics of steps from `first` on, which will be computed again."""
+    def rewind(self, first_step: int) -> None:
+        """Remove the metrics of steps from `first_step` on, which will be computed again."""
         if self._quiet:
             return
         self._metrics.close()
-        _drop_from(self._run / "metrics.jsonl", first)
+        _drop_rows(self._run / "metrics.jsonl", first_step)
         self._metrics = (self._run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar.update(self._task, completed=first)
+        self._bar.update(self._task, completed=first_step)
 
     def close(self) -> None:
         """End the progress bar, and close the files and services."""
@@ -139,13 +141,13 @@ class Monitor:
         """The time that the block takes does not count towards the speed."""
         begin = time.perf_counter()
         yield
-        self._since += time.perf_counter() - begin
+        self._log_time += time.perf_counter() - begin
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
-        rate, step_seconds = self._units / seconds, seconds / max(1, self._done)
-        self._since, self._units, self._done = now, 0.0, 0
+        seconds = max(now - self._log_time, 1e-9)
+        rate, step_seconds = self._units / seconds, seconds / max(1, self._steps_done)
+        self._log_time, self._units, self._steps_done = now, 0.0, 0
         speed = {"per_second": round(rate, 2)}
         if self._peak is not None:
             speed["mfu"] = round(rate * self._flops / self._peak(), 4)
@@ -155,18 +157,18 @@ class Monitor:
 @lru_cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a product of two square matrices, measured on the
-    device: the best of six runs."""
+    device: the fastest of six runs."""
     # Large enough to keep a GPU busy, small enough for a CPU's cache.
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = math.inf
+    fastest = math.inf
     for _ in range(6):
         _synchronize(device)
         begin = time.perf_counter()
         torch.mm(a, b)
         _synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return float(2 * size**3 / best)
+        fastest = min(fastest, time.perf_counter() - begin)
+    return float(2 * size**3 / fastest)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -183,21 +185,21 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_from(path: Path, first: int) -> None:
-    """Remove rows that a resumed run will write again."""
+def _drop_rows(path: Path, first_step: int) -> None:
+    """Remove the rows from `first_step` on, which a resumed run will write again."""
     if path.exists():
-        earlier = [r for r in read_metrics(path.parent) if r["step"] < first]
+        earlier = [r for r in read_metrics(path.parent) if r["step"] < first_step]
         with replacing(path) as partial:
             partial.write_text("".join(json.dumps(r) + "\n" for r in earlier), encoding="utf-8")
 
 
-def _summary_writer(run: Path, first: int) -> Any:
+def _summary_writer(run: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # TensorBoard hides earlier values of the steps from `first` on, which are computed again.
-    return SummaryWriter(str(run / "tensorboard"), purge_step=first or None)
+    # TensorBoard hides earlier values of the steps from `first_step` on.
+    return SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
 
 
 def _wandb_run(run: Path) -> Any:

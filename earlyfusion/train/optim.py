@@ -69,7 +69,7 @@ class OptimConfig:
                 f"final_ratio within (0, 1]"
             )
         if self.eps <= 0:  # a weight whose gradient is 0 would become 0 / 0
-            raise SettingError(f"eps={self.eps} must be positive")
+            raise SettingError(f"eps={self.eps} must be positive, such as 1e-8")
         check_at_least(self, warmup_steps=0, weight_decay=0, clip=0)
         check_shares(self, "beta1", "beta2", below_one=True)
 
@@ -79,10 +79,10 @@ def check_warmup(config: OptimConfig, steps: int) -> str:
     ""."""
     if config.warmup_steps < steps:
         return ""
-    highest = learning_rate(config, steps - 1, steps)
+    final_rate = learning_rate(config, steps - 1, steps)
     return (
         f"warmup_steps={config.warmup_steps} takes all of steps={steps}: the rate ends at "
-        f"{highest:.2g} and does not decay, so give warmup_steps={steps // 10} or more steps"
+        f"{final_rate:.2g} and does not decay, so give warmup_steps={steps // 10} or more steps"
     )
 
 
@@ -122,7 +122,7 @@ def build_optimizer(
     blocks = {p for name, p in model.named_parameters() if _is_matrix_of_block(name, p)}
     matrices = [p for p in trained if p in blocks]
     if not matrices:
-        raise SettingError("kind=muon finds no matrix of a block in this model: take kind=adamw")
+        raise SettingError("kind=muon finds no matrix of a block to train: give kind=adamw")
     return MuonAndAdamW(matrices, [p for p in trained if p not in blocks], config)
 
 
@@ -180,12 +180,13 @@ class Muon(torch.optim.Optimizer):
         moments = [parallel.local_shard(self.moment(p)) for p in same_shape]
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, moments, group["momentum"])
-        whole = [
-            parallel.full_tensor(p, shard) for p, shard in zip(same_shape, nesterov, strict=True)
-        ]
-        orthogonal_NRC = orthogonal(torch.stack(whole)).to(same_shape[0].dtype)
+        momentum_NRC = torch.stack(
+            [parallel.full_tensor(p, shard) for p, shard in zip(same_shape, nesterov, strict=True)]
+        )
+        orthogonal_NRC = orthogonal(momentum_NRC).to(same_shape[0].dtype)
         updates = [
-            parallel.shard_of(p, one) for p, one in zip(same_shape, orthogonal_NRC, strict=True)
+            parallel.shard_of(p, update)
+            for p, update in zip(same_shape, orthogonal_NRC, strict=True)
         ]
         rows, columns = same_shape[0].shape
         # Matrices with more rows than columns take longer steps, as in torch.optim.Muon.
@@ -209,7 +210,7 @@ def orthogonal(matrices_NRC: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.to(torch.bfloat16 if has_fast_bf16(matrices_NRC.device) else torch.float32)
-    # The Gram matrix is then that of the shorter side.
+    # The Gram matrix below then has the size of the shorter side.
     x = x.transpose(1, 2) if is_tall else x
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
     for _ in range(5):
@@ -254,7 +255,8 @@ class MuonAndAdamW:
 
 
 def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
-    """Give all parameter groups the rate of a step, scaled to `peak` in groups that have one."""
+    """Give all parameter groups the learning rate of a step. It is scaled by `peak` / `config.lr`
+    in groups that have a `peak`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"] / config.lr if "peak" in group else rate
 
@@ -331,7 +333,7 @@ class WeightAverage:
             mean.copy_(current)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights by name."""
+        """The averaged weights by their names in the model."""
         return dict(zip(self._names, self._means, strict=True))
 
     def load_state(self, tensors: dict[str, Tensor], count: int) -> None:

@@ -23,12 +23,12 @@ class Pace:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._steps, self._budget = steps, minutes * 60
-        self._spent, self._now, self._since = spent, now, now()
+        self._spent, self._now, self._start = spent, now, now()
 
     @property
     def seconds(self) -> float:
         """The time that the run has trained so far."""
-        return self._spent + self._now() - self._since
+        return self._spent + self._now() - self._start
 
     def share(self, step: int) -> float:
         """The share of the run that is done before step `step` (from 0): 0 to 1."""
@@ -42,5 +42,5 @@ class Pace:
 
     def seconds_left(self, step_seconds: float, step: int) -> float:
         """Seconds to the end if a step takes `step_seconds` and `step` steps are done."""
-        left = step_seconds * (self._steps - step)
-        return max(0.0, min(left, self._budget - self.seconds)) if self._budget else left
+        by_steps = step_seconds * (self._steps - step)
+        return max(0.0, min(by_steps, self._budget - self.seconds)) if self._budget else by_steps

@@ -29,12 +29,12 @@ _LOGITS_AT_ONCE = 2**26
 """Logits that the loss holds at once on a GPU: 256 MB in fp32, and enough for its full speed."""
 
 ASSUMED = (
-    "what is trained: weights, gradients and both moments of AdamW in fp32, split over shard x "
-    "tensor; what is not: 4 bytes a weight, 2 in products of blocks; computing in bf16",
+    "trained weights, their gradients and both moments of AdamW in fp32, split over shard x "
+    "tensor; frozen weights: 4 bytes each, 2 in products of blocks; computation in bf16",
     "two blocks gathered at a time, and the embedding and head",
     "activations of one micro batch, without compile; attention keeps no scores",
-    "operations a token: 6 a weight in a product and 12 L D T for attention, less where blocks "
-    "are not trained, and nothing for what is computed again",
+    "operations per token: 6 per weight in a product and 12 L D T for attention, fewer where "
+    "blocks are frozen; what activation checkpointing computes twice counts once",
 )
 
 
@@ -80,7 +80,7 @@ class TooFewRows(SettingError):
 
 @dataclass(frozen=True)
 class Line:
-    """The plan for one number of GPUs; memory is in bytes per GPU."""
+    """The plan for one number of GPUs: a line of the table. Memory is in bytes per GPU."""
 
     gpus: int
     replicas: int
@@ -94,6 +94,7 @@ class Line:
     activations: dict[str, float]
     """What the blocks keep for the backward pass, by `checkpointing`: none, selective or full."""
     loss: float
+    """Logits, gradient of the head, and the hidden states that the loss reads."""
     tokens_per_second: float
     """Of all GPUs together."""
     days: float
@@ -129,7 +130,7 @@ def parameters(config: ModelConfig) -> int:
     return blocks + tables + config.hidden_size
 
 
-def trained_of_block(job: Job) -> int:
+def trained_parameters_of_block(job: Job) -> int:
     """Weights of a block, or of its adapters, that have gradients and moments."""
     if job.trainable == "all":
         return parameters_of_block(job.model)
@@ -140,13 +141,13 @@ def trained_of_block(job: Job) -> int:
     return 0
 
 
-def trained(job: Job) -> int:
+def trained_parameters(job: Job) -> int:
     """All weights that have gradients and moments."""
     if job.trainable == "all":
         return parameters(job.model)
     if job.trainable == "image_head":
         return job.model.vq_config.num_embeddings * job.model.hidden_size
-    return job.model.num_hidden_layers * trained_of_block(job)
+    return job.model.num_hidden_layers * trained_parameters_of_block(job)
 
 
 def frozen_bytes(job: Job) -> int:
@@ -193,8 +194,8 @@ def activation_bytes(
 
 
 def lines(job: Job) -> list[Line | str]:
-    """A line for each number of GPUs, or a sentence that says why that number is impossible. Once
-    a step has too few rows, one sentence covers all larger numbers."""
+    """A line for each number of GPUs, or a sentence that says why that number is impossible. From
+    the first number for which a step has too few rows, one sentence covers all larger ones."""
     plan: list[Line | str] = []
     for gpus in job.gpus:
         try:
@@ -210,32 +211,33 @@ def line(job: Job, gpus: int) -> Line:
     """The plan for one number of GPUs. Raises `SettingError` if the model or the rows of a step
     cannot be divided by it."""
     replicas, shard, tensor = job.layout.sizes(gpus)
-    ranks, micro = replicas * shard, max(1, job.micro_rows)
-    if job.rows % (ranks * micro):
-        error = TooFewRows if job.rows < ranks * micro else SettingError
+    data_ranks, micro_rows = replicas * shard, max(1, job.micro_rows)
+    rows_at_once = data_ranks * micro_rows
+    if job.rows % rows_at_once:
+        error = TooFewRows if job.rows < rows_at_once else SettingError
         raise error(
-            f"rows={job.rows} cannot be shared by {ranks} data ranks that compute "
-            f"micro_rows={micro} at a time: choose a multiple of {ranks * micro}"
+            f"rows={job.rows} cannot be shared by {data_ranks} data ranks that compute "
+            f"micro_rows={micro_rows} at a time: choose a multiple of {rows_at_once}"
         )
-    head = job.model.vocab_size * job.model.hidden_size
+    head_weights = job.model.vocab_size * job.model.hidden_size
     operations = flops_per_token(job.model, job.length, job.trainable)
     speed = MFU * gpus * job.peak_tflops * 1e12 / operations
-    tokens = micro * job.length
+    tokens = micro_rows * job.length
     shards = shard * tensor
     return Line(
         gpus=gpus,
         replicas=replicas,
         shard=shard,
         tensor=tensor,
-        micro_batches=job.rows // (ranks * micro),
+        micro_batches=job.rows // rows_at_once,
         # Weight, gradient and two moments, 4 bytes each; FSDP does not shard the image head.
-        states=16 * trained(job) / (1 if job.trainable == "image_head" else shards)
+        states=16 * trained_parameters(job) / (1 if job.trainable == "image_head" else shards)
         + frozen_bytes(job) / shards,
         gathered=_gathered_bytes(job) / tensor if shards > 1 else _copied_bytes(job),
         activations=_activations(job, tokens, tensor),
         # Gradient of the head in fp32; logits of a block of positions in fp32 and bf16; hidden
         # states and their gradient in bf16.
-        loss=4 * head / tensor
+        loss=4 * head_weights / tensor
         + 6 * head_block(job.model.vocab_size // tensor) * job.model.vocab_size / tensor
         + 2 * 2 * tokens * job.model.hidden_size,
         tokens_per_second=speed,
@@ -249,12 +251,12 @@ def _gathered_bytes(job: Job) -> int:
     tables = 2 * job.model.vocab_size * job.model.hidden_size
     gradients = 2 * tables if job.trainable == "all" else 0
     blocks = 2 * 2 * parameters_of_block(job.model)
-    return blocks + (2 + 4) * trained_of_block(job) + 2 * tables + gradients
+    return blocks + (2 + 4) * trained_parameters_of_block(job) + 2 * tables + gradients
 
 
 def _copied_bytes(job: Job) -> int:
     """A single GPU gathers nothing, but autocast keeps bf16 copies of the weights in products."""
-    blocks = trained_of_block(job) * job.model.num_hidden_layers
+    blocks = trained_parameters_of_block(job) * job.model.num_hidden_layers
     return 2 * (blocks + job.model.vocab_size * job.model.hidden_size)
 
 
@@ -262,9 +264,12 @@ def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
     """Bytes by `checkpointing`; if no block is trained, those of one block at a time."""
     sizes = activation_bytes(job.model, tokens, tensor, job.dropout)
     blocks = job.model.num_hidden_layers
-    # Only every n-th block is checkpointed; the others keep all.
-    share = -(-blocks // job.layout.checkpointing_every) / blocks
-    sizes = {name: share * size + (1 - share) * sizes["none"] for name, size in sizes.items()}
+    # Only every n-th block is checkpointed, rounded up; the others keep all activations.
+    checkpointed = -(-blocks // job.layout.checkpointing_every) / blocks
+    sizes = {
+        name: checkpointed * size + (1 - checkpointed) * sizes["none"]
+        for name, size in sizes.items()
+    }
     if job.trainable == "image_head":
         return dict.fromkeys(sizes, sizes["none"] / blocks)
     return sizes
@@ -272,11 +277,11 @@ def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
 
 def table(job: Job) -> str:
     """The plan as text, with its assumptions. Time is in days, with `FEW_GPUS` in hours."""
-    unit, hours = ("hours", 1.0) if job.gpus == FEW_GPUS else ("days", 24.0)
-    cells = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job))
+    unit, unit_hours = ("hours", 1.0) if job.gpus == FEW_GPUS else ("days", 24.0)
+    cells = (_cells(x, unit_hours) if isinstance(x, Line) else (x,) for x in lines(job))
     rows = [(*_HEADINGS, unit), *cells]
-    full = [row for row in rows if len(row) > 1]  # the others are sentences
-    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
+    table_rows = [row for row in rows if len(row) > 1]  # the others are sentences
+    widths = [max(map(len, column)) for column in zip(*table_rows, strict=True)]
     text = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         if len(row) > 1
@@ -284,16 +289,16 @@ def table(job: Job) -> str:
         for row in rows
     ]
     step_tokens = job.rows * job.length
-    num_trained = f", {trained(job):,} trained" if job.trainable != "all" else ""
-    head = (
+    num_trained = f", {trained_parameters(job):,} trained" if job.trainable != "all" else ""
+    header = (
         f"{parameters(job.model):,} parameters{num_trained}; {job.rows:,} rows x {job.length:,} = "
-        f"{step_tokens:,} tokens a step, {max(1, job.micro_rows)} rows at a time; "
+        f"{step_tokens:,} tokens per step, {max(1, job.micro_rows)} rows at a time; "
         f"{job.tokens:.3g} tokens = {job.tokens / step_tokens:,.0f} steps; "
-        f"{flops_per_token(job.model, job.length, job.trainable):.3g} operations a token"
+        f"{flops_per_token(job.model, job.length, job.trainable):.3g} operations per token"
     )
-    speed = f"{MFU:.0%} of {job.peak_tflops:g} TFLOP/s a GPU (peak_tflops)"
+    speed = f"{MFU:.0%} of {job.peak_tflops:g} TFLOP/s per GPU (peak_tflops)"
     notes = [f"- {note}" for note in (*ASSUMED, f"speed: {speed}")]
-    return "\n".join([head, "memory in GiB of one GPU", "", *text, "", "Assumed:", *notes])
+    return "\n".join([header, "memory in GiB per GPU", "", *text, "", "Assumed:", *notes])
 
 
 _HEADINGS = (
@@ -313,7 +318,8 @@ _HEADINGS = (
 )
 
 
-def _cells(line: Line, hours: float) -> tuple[str, ...]:
+def _cells(line: Line, unit_hours: float) -> tuple[str, ...]:
+    """A row of the table; the time is in units of `unit_hours` hours."""
     modes = ("none", "selective", "full")
     sizes = [line.states, line.gathered, line.loss, *(line.activations[m] for m in modes)]
     sizes += [line.total(mode) for mode in modes]
@@ -323,7 +329,7 @@ def _cells(line: Line, hours: float) -> tuple[str, ...]:
         f"{line.micro_batches:,}",
         *(f"{size / GIB:.1f}" for size in sizes),
         f"{line.tokens_per_second:,.0f}",
-        f"{24 * line.days / hours:,.1f}",
+        f"{24 * line.days / unit_hours:,.1f}",
     )
 
 

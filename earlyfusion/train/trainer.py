@@ -171,7 +171,7 @@ class _Training:
         self.pace = Pace(run.steps, run.minutes, float(state.get("seconds", 0.0)))
         self.monitor = self._start_monitor()
         self.generate_samples = generate_samples if processes.rank() == 0 else None
-        self._warn()
+        self._note_ineffective_settings()
 
     def loop(self) -> None:
         run = self.run
@@ -184,11 +184,11 @@ class _Training:
                 self._roll_back()
                 continue
             self._out_of_time = self.pace.is_over(self.step + 1)
-            extra = self._validate(self.step + 1 if self._out_of_time else last)
+            evaluation = self._validate(self.step + 1 if self._out_of_time else last)
             is_last = self.step + 1 == last or self._has_ended
-            extra |= self._sample(is_last)
-            if self.step % run.log_every == 0 or is_last or extra:
-                self._log(metrics | extra)
+            evaluation |= self._sample(is_last)
+            if self.step % run.log_every == 0 or is_last or evaluation:
+                self._log(metrics | evaluation)
             if is_last and self.watch.in_row:
                 self.monitor.note(self.step, self.watch.skipped_at_end())
             self.step += 1
@@ -204,8 +204,8 @@ class _Training:
 
     @property
     def _has_ended(self) -> bool:
-        """Whether its minutes or its validation have ended the run."""
-        return self._out_of_time or (self.validation is not None and self.validation.ends)
+        """Whether `minutes` or the validation have ended the run before its last step."""
+        return self._out_of_time or (self.validation is not None and self.validation.ends_run)
 
     def _start_monitor(self) -> Monitor:
         run, flops = self.run, self.task.flops_per_unit
@@ -221,8 +221,8 @@ class _Training:
             seconds_left=self.pace.seconds_left,
         )
 
-    def _warn(self) -> None:
-        """Print a note about settings that will have no effect in this run."""
+    def _note_ineffective_settings(self) -> None:
+        """Print a note about settings that have no effect in this run."""
         if not self.step and (sentence := check_warmup(self.optim, self.run.steps)):
             self.monitor.note(0, sentence)
         if self.generate_samples is not None and self.is_sharded:
@@ -232,7 +232,8 @@ class _Training:
     # ---- one step
 
     def _train_step(self, step: int) -> dict[str, Any]:
-        """Change the weights by one step, unless it is bad; the metrics of the step."""
+        """Change the weights by one step, unless it is bad (`watch`). Returns the metrics of the
+        step."""
         # The first process has the seed of a single process; others get other dropout masks.
         torch.manual_seed(self.run.seed * 1_000_003 + step + processes.rank() * 7_919_000_003)
         self.task.progress = self.pace.share(step)
@@ -245,15 +246,15 @@ class _Training:
         if self.is_replicated:
             parallel.average_gradients(parameters, self.mesh)
         norm = parallel.clip_gradients(parameters, self.optim.clip or math.inf)
-        extra: dict[str, float] = {}
+        task_metrics: dict[str, float] = {}
         if self.watch.accepts(step, float(loss), float(norm)):
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
-            extra = self.task.after(step)
+            task_metrics = self.task.after(step)
         self.monitor.advance(step, units * self.data_ranks)
         skipped = {"skipped": self.watch.skipped} if self.watch.skipped else {}
-        return {"loss": loss} | metrics | extra | {"grad_norm": norm, "lr": rate} | skipped
+        return {"loss": loss} | metrics | task_metrics | {"grad_norm": norm, "lr": rate} | skipped
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -287,16 +288,17 @@ class _Training:
     # ---- after some of the steps
 
     def _validate(self, last: int) -> dict[str, float]:
-        """Measure the loss of held-out documents; keep the weights if it is the lowest so far."""
+        """Measure the loss of held-out documents, if a check is due, and keep the weights if it is
+        the lowest so far. Returns the metrics. `last` is the last step of the run."""
         validation, done = self.validation, self.step + 1
         if validation is None or self.best_saver is None or not validation.is_due(done, last):
             return {}
         with self.monitor.paused(), _evaluating(self.task.model), self._autocast():
             metrics = validation.measure()
-        if validation.is_best(done, metrics[LOSS]):
+        if validation.record(done, metrics[LOSS]):
             state = {LOSS: metrics[LOSS]} | self._frozen_state()
             self.best_saver.save(done, {"model": self._tensors()["model"]}, state)
-        if validation.ends:
+        if validation.ends_run:
             self.monitor.note(
                 self.step,
                 f"the run ends, as {LOSS} has not fallen since step {validation.best_step}, where "
@@ -305,7 +307,7 @@ class _Training:
         return metrics
 
     def _sample(self, is_last: bool) -> dict[str, float]:
-        """Generate samples with the present weights; metrics of them."""
+        """Generate samples with the present weights, if they are due. Returns their metrics."""
         done, every = self.step + 1, self.run.sample_every
         if self.generate_samples is None or not (is_last or (every and done % every == 0)):
             return {}
@@ -341,7 +343,7 @@ class _Training:
     def _tensors(self) -> dict[str, Any]:
         """Tensors of model and optimizer for a checkpoint, without frozen weights that it omits."""
         model = self.task.model.state_dict()
-        for name in checkpoint.frozen(self.task.model) if self.frozen_fingerprint else ():
+        for name in checkpoint.frozen_names(self.task.model) if self.frozen_fingerprint else ():
             del model[name]
         averaged = {checkpoint.AVERAGE: self.average.state()} if self.average else {}
         return {"model": model, "optimizer": self.optimizer.state_dict()} | averaged
@@ -376,26 +378,25 @@ class _Training:
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
         """Raise `CheckpointError` if a checkpoint's run had other settings or frozen weights."""
-        at_start = _unchangeable(
+        # A run of an older version lacks newer fields: it had their defaults.
+        saved = _fixed_settings(
             _as_json(RunConfig()) | state["run"], _as_json(OptimConfig()) | state["optim"]
         )
-        now = _unchangeable(_as_json(self.run), _as_json(self.optim))
-        changed = [
-            f"{k}={at_start.get(k)} (not {v})" for k, v in now.items() if at_start.get(k) != v
-        ]
+        current = _fixed_settings(_as_json(self.run), _as_json(self.optim))
+        changed = [f"{k}={saved.get(k)} (not {v})" for k, v in current.items() if saved.get(k) != v]
         if changed:
             raise CheckpointError(
                 f"{self.run.out} holds a run with other settings: give {', '.join(changed)}, or "
                 "another out folder"
             )
-        before = state.get("began_with", "")
-        if before and before != self.frozen_fingerprint:
+        saved_fingerprint = state.get("began_with", "")
+        if saved_fingerprint and saved_fingerprint != self.frozen_fingerprint:
             raise CheckpointError(
                 f"{self.run.out} trains a part of a model whose other weights are not those given "
                 "now: give the model and the part that it began with, or another out folder"
             )
         # A run that began with whole checkpoints goes on writing whole checkpoints.
-        self.frozen_fingerprint = before
+        self.frozen_fingerprint = saved_fingerprint
 
     def _roll_back(self) -> None:
         """Return to the newest checkpoint. Data seen since then is skipped. Raises `SettingError`
@@ -408,14 +409,14 @@ class _Training:
                 f"the loss of step {first} is {value:g}: lower lr={self.optim.lr} and start "
                 f"again from the checkpoints in {self.run.out}"
             )
-        seen, reached = self.task.state()[1], self.step
+        data_state, bad_step = self.task.state()[1], self.step
         self.step = int(self._restore()["step"])
-        self.task.skip_to(seen)
+        self.task.skip_to(data_state)
         # `watch` is not restored, as it counts the roll-backs.
         self.watch.count_roll_back()
         self.monitor.rewind(self.step)
         self.monitor.note(
-            reached, f"the loss of step {first} is {value:g}: rolled back to step {self.step}"
+            bad_step, f"the loss of step {first} is {value:g}: rolled back to step {self.step}"
         )
 
 
@@ -463,7 +464,7 @@ def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMana
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _unchangeable(run: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
+def _fixed_settings(run: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
     """The settings that must not change when a run continues."""
     return {f"run.{k}": run[k] for k in ("seed", "steps", "minutes")} | {
         f"optim.{k}": value for k, value in optim.items()

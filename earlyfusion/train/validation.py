@@ -26,11 +26,12 @@ class Validation:
         self.best_loss, self.best_step, self._checks_since_best = math.inf, 0, 0
 
     def is_due(self, done: int, last: int) -> bool:
-        """Whether there is a check after `done` steps of a run that ends after `last`."""
+        """Whether there is a check after `done` steps of a run that ends after `last` steps."""
         return done == last or done % self._every == 0
 
-    def is_best(self, done: int, loss: float) -> bool:
-        """Count a check after `done` steps; whether its loss is the lowest so far."""
+    def record(self, done: int, loss: float) -> bool:
+        """Record the loss of a check after `done` steps. Returns whether it is the lowest so
+        far."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self._checks_since_best = loss, done, 0
             return True
@@ -38,8 +39,8 @@ class Validation:
         return False
 
     @property
-    def ends(self) -> bool:
-        """Whether the last `patience` checks have not lowered the loss."""
+    def ends_run(self) -> bool:
+        """Whether the run must end, as none of the last `patience` checks has lowered the loss."""
         return 0 < self._patience <= self._checks_since_best
 
     def state(self) -> dict[str, Any]:
