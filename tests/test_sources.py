@@ -31,7 +31,7 @@ from earlyfusion.data.mixture import (
     ShuffledDocuments,
     Stage,
     balance_answers,
-    shuffled,
+    permuted_index,
     two_stages,
 )
 from earlyfusion.data.packing import Packer, RoleWeights
@@ -679,16 +679,16 @@ class Numbers:
 
 @given(st.integers(1, 3000), st.integers(0, 2**64))
 @settings(max_examples=30, deadline=None)
-def test_shuffled_is_a_permutation(size: int, key: int) -> None:
-    assert sorted(shuffled(n, size, key) for n in range(size)) == list(range(size))
+def test_permuted_indices_are_a_permutation(size: int, key: int) -> None:
+    assert sorted(permuted_index(n, size, key) for n in range(size)) == list(range(size))
 
 
-def test_shuffled_mixes_well() -> None:
+def test_permuted_indices_are_mixed_well() -> None:
     size = 2000
-    places = np.array([shuffled(n, size, 7) for n in range(size)])
+    places = np.array([permuted_index(n, size, 7) for n in range(size)])
     assert abs(np.corrcoef(np.arange(size), places)[0, 1]) < 0.1
     assert (np.diff(places) == 1).sum() < 10
-    others = np.array([shuffled(n, size, 8) for n in range(size)])
+    others = np.array([permuted_index(n, size, 8) for n in range(size)])
     assert (places == others).sum() < 12
 
 

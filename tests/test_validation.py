@@ -177,7 +177,7 @@ def test_held_out_rows_that_cannot_be_used_are_reported(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     broken = jsonl(tmp_path / "broken.jsonl", ["{", "{"])
-    with pytest.raises(DataError, match="no held-out row can be used"):
+    with pytest.raises(DataError, match="none of 2 held-out rows can be used"):
         finetune(model, data, tmp_path / "out", f"validation_data={broken}")
 
 

@@ -53,14 +53,15 @@ class CorpusConfig:
     encoding: EncodingSettings = field(default_factory=EncodingSettings)
 
     def __post_init__(self) -> None:
-        _ = self.rows
+        _ = self.rows  # checks `max_broken`
 
     @property
     def rows(self) -> RowSettings:
+        """The settings of the reader of rows."""
         return RowSettings(self.patterns, self.images, self.max_broken)
 
 
-class _Encoded(NamedTuple):
+class _EncodedDocument(NamedTuple):
     """A document in arrays: 5 bytes per token, where lists of Python's integers take over 40."""
 
     ids: np.ndarray
@@ -114,13 +115,13 @@ class RowDocuments:
         key = (self.fingerprint, times, settings.pairs, settings.image_first, settings.pair_seed)
         return f"answers-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}"
 
-    def _encode(self, number: int) -> _Encoded | None:
+    def _encode(self, number: int) -> _EncodedDocument | None:
         read = self._encoder.read(self._rows, number, self._quarantine)
         document = self._encoder.encode([read])[0]
         if document is None:
             return None
         ids, role = np.array(document.ids, np.uint32), np.array(document.role, np.uint8)
-        return _Encoded(ids, role, document.spans)
+        return _EncodedDocument(ids, role, document.spans)
 
 
 @dataclass
@@ -145,12 +146,11 @@ class Corpus:
             sentences.append(f"broken rows: {self.quarantine.broken:,}, see {self.quarantine.path}")
         for documents in self.documents:
             splitter = documents.splitter
-            counted = ((splitter.shortened, "shortened"), (splitter.dropped, "dropped"))
-            for numbers, what in counted:
-                if numbers:
-                    sentences.append(
-                        f"documents of {documents.name} too long for a row: {len(numbers):,} {what}"
-                    )
+            too_long = f"documents of {documents.name} too long for a row"
+            if splitter.shortened:
+                sentences.append(f"{too_long}: {len(splitter.shortened):,} shortened")
+            if splitter.dropped:
+                sentences.append(f"{too_long}: {len(splitter.dropped):,} dropped")
         return sentences
 
 
@@ -167,11 +167,11 @@ def open_corpus(
     out are not in the stream. The quarantine and the indices of files are written to the folder
     `run`. Raises `DataError` for sources that cannot be used, and `SettingError` for settings that
     are not possible."""
-    _check(config, processor, length)
+    _check_config(config, processor, length)
     quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
-    paths = [_weighted(source)[0] for source in (*config.data, *config.added)]
+    paths = [_path_and_weight(source)[0] for source in (*config.data, *config.added)]
     paths += validation.validation_data if validation else ()
-    encoding = _one_mode(config.encoding, paths).for_model(image_tokenizer.mode)
+    encoding = _with_shards_mode(config.encoding, paths).for_model(image_tokenizer.mode)
     encoder = Encoder(processor, image_tokenizer, encoding)
     digests = fingerprints(processor, image_tokenizer)
 
@@ -184,44 +184,46 @@ def open_corpus(
         return RowDocuments(rows, encoder, quarantine, splitter, run / "index")
 
     shuffled: dict[str, ShuffledDocuments] = {}
-    shares: dict[str, dict[str, float]] = {}
+    # Per source, the weights of its parts (see `_shuffle`) by their names.
+    weights: dict[str, dict[str, float]] = {}
     documents, held_out = [], []
-    watched = validation or ValidationConfig()
+    validation = validation or ValidationConfig()
     # A source in both `data` and `added` is opened once, and gets a share of each.
     for number, source in enumerate(dict.fromkeys((*config.data, *config.added))):
-        path, weight = _weighted(source)
+        path, weight = _path_and_weight(source)
         documents.append(open_documents(path))
-        held = held_out_numbers(len(documents[-1]), watched.validation, seed, number)
-        held_out.append((documents[-1], held))
+        held_numbers = held_out_numbers(len(documents[-1]), validation.validation, seed, number)
+        held_out.append((documents[-1], held_numbers))
         # By number, not by name, so that a corpus that was moved gives the same documents.
-        parts = _shuffle(documents[-1], config.balance, seed, f"source {number}", held)
+        parts = _shuffle(documents[-1], config.balance, seed, f"source {number}", held_numbers)
         shuffled |= {name: part for name, (_, part) in parts.items()}
-        shares[source] = {name: weight * share for name, (share, _) in parts.items()}
-    first, added = (_shares_of(names, shares) for names in (config.data, config.added))
+        weights[source] = {name: weight * share for name, (share, _) in parts.items()}
+    first, added = (_weights_of(sources, weights) for sources in (config.data, config.added))
     stream = Mixture(shuffled, two_stages(first, added, config.added_from), seed)
-    for path in watched.validation_data:
-        other = open_documents(path)
-        held_out.append((other, np.arange(len(other))))
-    digest = _digest(replace(config, encoding=encoding), documents, seed, watched.validation)
+    for path in validation.validation_data:
+        measured = open_documents(path)
+        held_out.append((measured, np.arange(len(measured))))
+    digest = _digest(replace(config, encoding=encoding), documents, seed, validation.validation)
     return Corpus(stream, digest, quarantine, documents, encoding.mode, held_out)
 
 
-def _one_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:
+def _with_shards_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:
     """The settings with the resize mode of the token shards among the sources, if any. Raises
-    `SettingError` if two modes would meet, as the model can have only one."""
+    `SettingError` if it differs from that of the settings or of other shards, as the model can have
+    only one."""
     modes = {path: mode for path in paths if (mode := shards_mode(expanded(path)))}
-    given = encoding.resize_mode or encoding.prompt_images
+    config_mode = encoding.resize_mode or encoding.prompt_images
     for path, mode in modes.items():
-        other = given or next(iter(modes.values()))
-        if mode != other:
+        expected = config_mode or next(iter(modes.values()))
+        if mode != expected:
             raise SettingError(
-                f"{path} was made with resize_mode={mode}, and {other} is given or found in other "
-                "sources: tokenize it again, or leave resize_mode out"
+                f"{path} was made with resize_mode={mode}, but the settings or other sources have "
+                f"{expected}: tokenize it again, or leave resize_mode out"
             )
-    return replace(encoding, resize_mode=next(iter(modes.values()), given))
+    return replace(encoding, resize_mode=next(iter(modes.values()), config_mode))
 
 
-def _check(config: CorpusConfig, processor: Processor, length: int) -> None:
+def _check_config(config: CorpusConfig, processor: Processor, length: int) -> None:
     """Raise `SettingError` without sources, or for rows that are too short for an image."""
     if not config.data:
         raise SettingError("data is empty: give data=PATH, or data=PATH@WEIGHT,PATH@WEIGHT")
@@ -235,9 +237,10 @@ def _digest(
 ) -> str:
     """Digest of everything that the stream depends on."""
     settings = [config.encoding, seed, config.balance, config.added_from]
-    settings += [held_out] if held_out else []  # keeps the digest of runs from before this existed
+    # Left out if it is 0, so that runs from before it existed keep their digest.
+    settings += [held_out] if held_out else []
     # Without names of files, as a corpus that was moved is the same.
-    weights = [_weighted(source)[1] for source in (*config.data, *config.added)]
+    weights = [_path_and_weight(source)[1] for source in (*config.data, *config.added)]
     text = repr([settings, weights, [d.fingerprint for d in documents]])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -245,28 +248,30 @@ def _digest(
 def _shuffle(
     documents: Documents, balance: bool, seed: int, key: str, held_out: np.ndarray
 ) -> dict[str, tuple[float, ShuffledDocuments]]:
-    """The source without held-out rows; with `balance` one part per kind of answer. By name, with
-    the share of each part."""
-    rest = np.setdiff1d(np.arange(len(documents)), held_out) if len(held_out) else None
-    whole = {key: (1.0, ShuffledDocuments(documents, seed, key, rest))}
-    return balance_answers(documents, seed, key, rest) if balance else whole
+    """The parts of a source, without its held-out rows: one part per kind of answer with `balance`,
+    else a single one. By name, each with its share of the source's weight."""
+    numbers = np.setdiff1d(np.arange(len(documents)), held_out) if len(held_out) else None
+    if balance:
+        return balance_answers(documents, seed, key, numbers)
+    return {key: (1.0, ShuffledDocuments(documents, seed, key, numbers))}
 
 
-def _shares_of(names: Sequence[str], shares: Mapping[str, dict[str, float]]) -> dict[str, float]:
-    """The shares of all parts of these sources."""
-    return {part: share for name in names for part, share in shares[name].items()}
+def _weights_of(
+    sources: Sequence[str], weights: Mapping[str, dict[str, float]]
+) -> dict[str, float]:
+    """The weights of all parts of these sources, by the parts' names."""
+    return {part: weight for source in sources for part, weight in weights[source].items()}
 
 
-def _weighted(source: str) -> tuple[str, float]:
+def _path_and_weight(source: str) -> tuple[str, float]:
     """Path and weight of a source given as `PATH` or `PATH@WEIGHT`."""
-    path, at, weight = source.rpartition("@")
-    if not at:
+    path, at_sign, number = source.rpartition("@")
+    if not at_sign:
         return source, 1.0
-    # A path may itself contain an @.
     try:
-        share = float(weight)
-    except ValueError:
+        weight = float(number)
+    except ValueError:  # the @ belongs to the path
         return source, 1.0
-    if not 0 < share < float("inf"):
-        raise SettingError(f"weight {share} of {path} must be over 0: leave the source out")
-    return path, share
+    if not 0 < weight < float("inf"):
+        raise SettingError(f"weight {weight} of {path} must be over 0: leave the source out")
+    return path, weight

@@ -52,9 +52,12 @@ class EncodingSettings:
     model does it. The trained model keeps the mode."""
 
     def __post_init__(self) -> None:
-        for name, more in (("prompt_images", ("",)), ("answer_images", ()), ("resize_mode", ("",))):
-            if getattr(self, name) not in ("fit", "crop", *more):
-                raise SettingError(f"{name}={getattr(self, name)!r} is unknown: choose fit or crop")
+        # Only the modes of prompts may be left to the model.
+        may_be_empty = ("prompt_images", "resize_mode")
+        for name in (*may_be_empty, "answer_images"):
+            mode = getattr(self, name)
+            if mode not in ("fit", "crop") and not (mode == "" and name in may_be_empty):
+                raise SettingError(f"{name}={mode!r} is unknown: choose fit or crop")
         if self.prompt_images and self.resize_mode not in ("", self.prompt_images):
             raise SettingError(
                 f"resize_mode={self.resize_mode} and prompt_images={self.prompt_images} differ: "
@@ -67,8 +70,8 @@ class EncodingSettings:
 
     def for_model(self, mode: Mode) -> EncodingSettings:
         """The same settings with the resize mode filled in, for a model that has `mode`."""
-        known = cast("Mode", self.resize_mode or self.prompt_images or mode)
-        return replace(self, resize_mode=known, prompt_images=known)
+        mode = cast("Mode", self.resize_mode or self.prompt_images or mode)
+        return replace(self, resize_mode=mode, prompt_images=mode)
 
     @property
     def mode(self) -> Mode:
@@ -114,15 +117,15 @@ class Encoder:
 
     def read(self, rows: Rows, number: int, quarantine: Quarantine) -> ReadRow:
         """Row `number` with its images, or without turns if it went to the quarantine."""
-        table, at = rows.find(number)
+        table, table_row = rows.find(number)
         form, answer_kind = "", TEXT
         try:
-            row = table.row(at)
+            row = table.row(table_row)
             example = self._example(row, number)
             form, answer_kind = example.form, example.answer_kind
             turns = [_read_turn(turn, lambda name: table.read(row, name)) for turn in example.turns]
         except (DataError, ImageError, PromptError) as error:
-            quarantine.refuse(table.path, at + 1, str(error))
+            quarantine.refuse(table.path, table_row + 1, str(error))
             return ReadRow(form, answer_kind, None)
         quarantine.accept()
         return ReadRow(form, answer_kind, turns)
@@ -130,15 +133,15 @@ class Encoder:
     def encode(self, batch: Sequence[ReadRow]) -> list[TokenSequence | None]:
         """The document of each row, None if it went to the quarantine. The images of all rows are
         encoded in one batch."""
-        codes = iter(self._encode_images([image for read in batch for image in read.images]))
-        return [None if read.turns is None else self._document(read, codes) for read in batch]
+        codes = iter(self._encode_images([image for row in batch for image in row.images]))
+        return [None if row.turns is None else self._document(row, codes) for row in batch]
 
     def _example(self, row: dict[str, Any], number: int) -> Example:
         image_first = form_of(row) == "pair" and self._image_first(number)
         return example_of(row, image_first, plain_pairs=self.settings.pairs == "document")
 
     def _image_first(self, number: int) -> bool:
-        # Depends on the row's number alone, so that it is the same in shards and for raw rows.
+        # From the row's number alone, so that token shards and raw rows have the same order.
         uniform = np.random.default_rng([self.settings.pair_seed, number]).random()
         return bool(uniform < self.settings.image_first)
 
@@ -153,12 +156,13 @@ class Encoder:
                 codes_of[number] = codes_hw
         return codes_of
 
-    def _document(self, read: ReadRow, codes: Iterator[np.ndarray]) -> TokenSequence:
-        assert read.turns is not None
-        row_codes = list(islice(codes, len(read.images)))
-        if len(read.turns) == 1:
-            return plain_document(self.processor, read.turns[0][1], row_codes)
-        messages = [Message(role, parts) for role, parts in read.turns]
+    def _document(self, row: ReadRow, codes: Iterator[np.ndarray]) -> TokenSequence:
+        """The document of a row; takes the codes of its images from `codes`."""
+        assert row.turns is not None
+        row_codes = list(islice(codes, len(row.images)))
+        if len(row.turns) == 1:
+            return plain_document(self.processor, row.turns[0][1], row_codes)
+        messages = [Message(role, parts) for role, parts in row.turns]
         return self.processor.encode_document(messages, row_codes)
 
 
@@ -166,13 +170,13 @@ def plain_document(
     processor: Processor, parts: Sequence[Text | Image], codes: Sequence[np.ndarray]
 ) -> TokenSequence:
     """A document without a prompt, all of which is learned; `codes` are those of its images."""
-    vocabulary, sequence, rest = processor.vocabulary, TokenSequence(), iter(codes)
+    vocabulary, sequence, next_codes = processor.vocabulary, TokenSequence(), iter(codes)
     sequence.add_control(vocabulary.bos)
     for part in parts:
         if isinstance(part, Text):
             sequence.add_segment(processor.encode_text(part.text), "assistant", "text")
         else:
-            tokens = processor.layout.spell(next(rest), vocabulary)
+            tokens = processor.layout.spell(next(next_codes), vocabulary)
             sequence.add_segment(tokens, "assistant", "image")
     sequence.add_control(vocabulary.eos, END)
     return sequence
@@ -229,17 +233,17 @@ def _first_exchanges(
 ) -> list[TokenSequence]:
     """The first exchanges of a dialogue that fit, as one piece; none if the first does not."""
     role = document.role
-    # The end of turn that closed the answer becomes eos.
+    # Where answers end. In the piece, eos takes the place of the last one's end of turn.
     ends = [
-        at
-        for at, token in enumerate(document.ids[:limit])
-        if token == vocabulary.end_of_turn and role[at] == CONTROL and role[at - 1] in LEARNED
+        i
+        for i, token in enumerate(document.ids[:limit])
+        if token == vocabulary.end_of_turn and role[i] == CONTROL and role[i - 1] in LEARNED
     ]
     if not ends:
         return []
-    at = ends[-1]
-    spans = [span for span in document.spans if span[1] <= at]
-    shorter = TokenSequence(document.ids[:at], role[:at], spans)
+    end = ends[-1]
+    spans = [span for span in document.spans if span[1] <= end]
+    shorter = TokenSequence(document.ids[:end], role[:end], spans)
     shorter.add_control(vocabulary.eos, END)
     return [shorter]
 
@@ -248,11 +252,13 @@ def _split_at_segments(
     document: TokenSequence, limit: int, vocabulary: Vocabulary
 ) -> list[TokenSequence]:
     """The segments of a plain document, as many in a piece as fit; none if an image does not."""
-    room = limit - 2  # without bos, and without eos after the last
+    room = limit - 2  # for bos and eos
     blocks = [
         (document.ids[start:end], modality)
-        for first, last, modality in document.spans
-        for start, end in _blocks(first, last, room if modality == "text" else last - first)
+        for span_start, span_end, modality in document.spans
+        for start, end in _blocks(
+            span_start, span_end, room if modality == "text" else span_end - span_start
+        )
     ]
     if any(len(tokens) > room for tokens, _ in blocks):
         return []
@@ -268,9 +274,9 @@ def _split_at_segments(
     return pieces
 
 
-def _blocks(first: int, last: int, size: int) -> list[tuple[int, int]]:
-    """The span from `first` to `last` in spans of at most `size`."""
-    return [(at, min(last, at + size)) for at in range(first, last, max(1, size))]
+def _blocks(start: int, end: int, size: int) -> list[tuple[int, int]]:
+    """The span from `start` to `end` in spans of at most `size`."""
+    return [(first, min(end, first + size)) for first in range(start, end, max(1, size))]
 
 
 def fingerprints(processor: Processor, image_tokenizer: ImageTokenizer) -> dict[str, str]:

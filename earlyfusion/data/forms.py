@@ -23,7 +23,7 @@ from earlyfusion.errors import DataError
 
 
 class ImageRef(NamedTuple):
-    """Where an image is that is not read yet: the bytes of its file, or the file's name."""
+    """An image that is not decoded yet: the bytes of its file, or the file's name."""
 
     source: bytes | str
 
@@ -92,14 +92,14 @@ def image_refs_of(row: Mapping[str, Any]) -> list[ImageRef]:
 def form_of(row: Mapping[str, Any]) -> str:
     """The name of a row's form, from its keys; `DataError` if it has none."""
     # Files mix forms: a column that is null in this row counts as missing.
-    given = {key for key, value in row.items() if value is not None}
+    keys_of_row = {key for key, value in row.items() if value is not None}
     for form, keys in _KEYS.items():
-        if given.issuperset(keys):
+        if keys_of_row.issuperset(keys):
             return form
     # Before plain text, as "text" may also be the key of a caption.
-    if given.intersection(_IMAGE_KEYS) and given.intersection(_CAPTION_KEYS):
+    if keys_of_row.intersection(_IMAGE_KEYS) and keys_of_row.intersection(_CAPTION_KEYS):
         return "pair"
-    if "text" in given:
+    if "text" in keys_of_row:
         return "text"
     names = ", ".join(sorted(map(str, row))[:8]) or "none"
     raise DataError(f"the row's keys ({names}) are of no known form: see docs/data.md for the six")
@@ -174,25 +174,29 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
 
 
 def _build_turns(messages: Sequence[Any], images: Sequence[ImageRef]) -> list[Turn]:
-    """Turns with their images in the places of their markers; without markers, all images are at
-    the beginning of the first turn. Consecutive turns of one role are joined by a newline; a
-    system's text counts as the user's."""
+    """Turns with their images in the places of their markers. Without markers, all images come
+    first in the first turn, which must be the user's. Consecutive turns of one role are joined by a
+    newline; a system's text counts as the user's."""
     # Markers take the images in order, over all turns.
-    rest = iter(images)
-    roles_and_parts = [(_role(message), _parts(_content(message), rest)) for message in messages]
-    unused = list(rest)
-    marked = len(images) - len(unused)
-    if unused and (marked or not roles_and_parts):
-        raise DataError(f"{marked} images are marked but {len(images)} given: mark each, or none")
+    remaining = iter(images)
+    roles_and_parts = [
+        (_role(message), _parts(_content(message), remaining)) for message in messages
+    ]
+    unmarked = list(remaining)
+    num_marked = len(images) - len(unmarked)
+    if unmarked and (num_marked or not roles_and_parts):
+        raise DataError(
+            f"{num_marked} images are marked but {len(images)} given: mark each, or none"
+        )
     turns: list[Turn] = []
     for role, parts in roles_and_parts:
         if turns and turns[-1][0] == role:
             turns[-1][1].extend([Text("\n"), *parts])
         else:
             turns.append((role, parts))
-    if unused and turns[0][0] == "user":
-        turns[0][1][:0] = unused
-    elif unused:
+    if unmarked and turns[0][0] == "user":
+        turns[0][1][:0] = unmarked
+    elif unmarked:
         raise DataError("no turn takes the images: mark them, or begin with the user's turn")
     for _, parts in turns:
         _checked_parts(parts)
@@ -214,14 +218,14 @@ def _content(message: Mapping[str, Any]) -> Any:
 
 def _parts(content: Any, images: Iterator[ImageRef]) -> list[Part]:
     if isinstance(content, str):
-        return list(_split(content, images))
+        return list(_split_at_markers(content, images))
     parts: list[Part] = []
     for item in _as_list(content, "a message's content"):
         parts += _part(item, images)
     return parts
 
 
-def _split(text: str, images: Iterator[ImageRef]) -> Iterator[Part]:
+def _split_at_markers(text: str, images: Iterator[ImageRef]) -> Iterator[Part]:
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         if number:
             yield _next_image(images)
@@ -233,7 +237,7 @@ def _split(text: str, images: Iterator[ImageRef]) -> Iterator[Part]:
 
 def _part(item: Any, images: Iterator[ImageRef]) -> list[Part]:
     if isinstance(item, str):
-        return list(_split(item, images))
+        return list(_split_at_markers(item, images))
     part_type = item.get("type") if isinstance(item, Mapping) else None
     if part_type == "text":
         # Typed parts have no markers: a text that spells one is plain text.
@@ -241,8 +245,9 @@ def _part(item: Any, images: Iterator[ImageRef]) -> list[Part]:
         return [Text(text)] if text else []
     if part_type in ("image", "image_url"):
         keys = ("image", "image_url", "url", "path")
-        given = next((item[key] for key in keys if item.get(key)), None)
-        return [_next_image(images) if given is None else _image_ref(given)]
+        # A part without an image is a marker.
+        image = next((item[key] for key in keys if item.get(key)), None)
+        return [_next_image(images) if image is None else _image_ref(image)]
     raise DataError(f"a part of type {str(part_type)[:40]!r} is unknown: use text or image")
 
 
@@ -254,12 +259,12 @@ def _next_image(images: Iterator[ImageRef]) -> ImageRef:
 
 
 def _image_refs(row: Mapping[str, Any]) -> list[ImageRef]:
-    given = row.get("images")
-    if given is None:
-        given = row.get("image")
-    if given is None:
+    images = row.get("images")
+    if images is None:
+        images = row.get("image")
+    if images is None:
         return []
-    return [_image_ref(item) for item in (given if isinstance(given, list) else [given])]
+    return [_image_ref(item) for item in (images if isinstance(images, list) else [images])]
 
 
 def _image_ref(value: Any) -> ImageRef:

@@ -12,14 +12,14 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.fields import check_at_least
 from earlyfusion.processor import TokenSequence
 
-MOST_DOCUMENTS = 500
-"""How many are measured; of more, this number of them, evenly spread."""
+MAX_DOCUMENTS = 500
+"""The number of held-out rows that are measured; of more rows, this number, evenly spread."""
 
 
 @dataclass
 class ValidationConfig:
-    """Held-out rows, and how often their loss is measured; the run's model is that of
-    the lowest."""
+    """Which rows are held out, and how often their loss is measured. The run's model is the one
+    with the lowest loss."""
 
     validation: float = 0.0
     """Share of each source's rows that is held out; 0: none."""
@@ -46,27 +46,29 @@ class ValidationConfig:
 
     @property
     def is_on(self) -> bool:
+        """Whether any documents are held out."""
         return self.validation > 0 or bool(self.validation_data)
 
 
 def held_out_numbers(size: int, share: float, seed: int, source: int) -> np.ndarray:
-    """Ascending numbers of the held-out rows of source number `source`; at least one of two."""
-    # Never all rows of a source. The number 11 gives other random numbers than elsewhere with the
-    # same seed.
+    """Numbers of the held-out rows, ascending, of source number `source`, which has `size` rows. At
+    least one if it has two rows or more, and never all of them."""
+    # The 11 keeps these random numbers apart from others of the same seed.
     count = min(size - 1, max(1, round(share * size))) if share else 0
     chosen = np.random.default_rng([seed, 11, source]).permutation(size)[:count]
     return np.sort(chosen)
 
 
-def held_out_documents(held: Sequence[tuple[Documents, np.ndarray]]) -> list[TokenSequence]:
-    """The documents of these rows, at most about `MOST_DOCUMENTS`; `DataError` if none
-    is usable."""
-    rows = [(documents, int(number)) for documents, numbers in held for number in numbers]
-    # Evenly spread over the sources, whose rows are joined.
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_DOCUMENTS)).round())
-    pieces = [piece for at in chosen for piece in rows[int(at)][0].pieces(rows[int(at)][1])]
+def held_out_documents(held_out: Sequence[tuple[Documents, np.ndarray]]) -> list[TokenSequence]:
+    """The documents of the held-out rows of each source, of at most `MAX_DOCUMENTS` rows (a long
+    row has several pieces). Raises `DataError` if no row is usable."""
+    rows = [(documents, int(number)) for documents, numbers in held_out for number in numbers]
+    indices = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_DOCUMENTS)).round())
+    chosen = [rows[int(index)] for index in indices]
+    pieces = [piece for documents, number in chosen for piece in documents.pieces(number)]
     if not pieces:
         raise DataError(
-            "no held-out row can be used: raise validation, or give validation_data of its own"
+            f"none of {len(chosen)} held-out rows can be used: raise validation, or give "
+            "validation_data=PATH instead"
         )
     return pieces

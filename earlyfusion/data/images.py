@@ -56,10 +56,11 @@ class ImagesConfig:
     def __post_init__(self) -> None:
         if self.checked < 1:
             raise SettingError(f"checked={self.checked} must be at least 1")
-        _ = self.rows
+        _ = self.rows  # checks `max_broken`
 
     @property
     def rows(self) -> RowSettings:
+        """The settings of the reader of rows."""
         return RowSettings(self.patterns, self.images, self.max_broken)
 
 
@@ -73,9 +74,9 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, number: int, which: float) -> PIL.Image.Image:
-        """Image `number`. If a row has several images, `which`, from 0 to below 1, chooses one of
-        them. Raises `DataError` or `ImageError`."""
+    def read(self, number: int, choice: float) -> PIL.Image.Image:
+        """Image `number`. If a row has several images, `choice` selects one: 0 the first, just
+        below 1 the last. Raises `DataError` or `ImageError`."""
         ...
 
     def find(self, number: int) -> tuple[Path, int]:
@@ -98,7 +99,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, number: int, which: float) -> PIL.Image.Image:
+    def read(self, number: int, choice: float) -> PIL.Image.Image:
         return _pil(Image.open(self._paths[number]))
 
     def find(self, number: int) -> tuple[Path, int]:
@@ -116,17 +117,17 @@ class RowImages:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, number: int, which: float) -> PIL.Image.Image:
-        table, at = self._rows.find(number)
-        row = table.row(at)
+    def read(self, number: int, choice: float) -> PIL.Image.Image:
+        table, table_row = self._rows.find(number)
+        row = table.row(table_row)
         refs = image_refs_of(row)
-        source = refs[int(which * len(refs))].source
+        source = refs[int(choice * len(refs))].source
         data = table.read(row, source) if isinstance(source, str) else source
         return _pil(Image.from_bytes(data))
 
     def find(self, number: int) -> tuple[Path, int]:
-        table, at = self._rows.find(number)
-        return table.path, at
+        table, table_row = self._rows.find(number)
+        return table.path, table_row
 
 
 class JoinedImages:
@@ -143,13 +144,13 @@ class JoinedImages:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def read(self, number: int, which: float) -> PIL.Image.Image:
-        source, at = self._numbers.find(number)
-        return self._sources[source].read(at, which)
+    def read(self, number: int, choice: float) -> PIL.Image.Image:
+        source, index = self._numbers.find(number)
+        return self._sources[source].read(index, choice)
 
     def find(self, number: int) -> tuple[Path, int]:
-        source, at = self._numbers.find(number)
-        return self._sources[source].find(at)
+        source, index = self._numbers.find(number)
+        return self._sources[source].find(index)
 
 
 def open_images(sources: Sequence[str], cache: Path, settings: RowSettings) -> JoinedImages:
@@ -187,7 +188,7 @@ Crop = Callable[[PIL.Image.Image, np.random.Generator], PIL.Image.Image]
 
 @dataclass
 class CropConfig:
-    """A random square of an image, resized."""
+    """Which random square of an image is taken."""
 
     smallest: float = 0.5
     """Shortest side of the square, as a share of the image's shorter side."""
@@ -205,18 +206,18 @@ class CropConfig:
 def random_crop(
     image: PIL.Image.Image, side: int, config: CropConfig, rng: np.random.Generator
 ) -> PIL.Image.Image:
-    """A random square of the image, resized to `side` x `side` pixels and perhaps mirrored. The
-    square is not smaller than that if the image is not, so that it is not enlarged."""
-    # The box has fractional sides, so that cropping and resizing are one filter.
+    """A random square of the image, resized to `side` x `side` pixels and perhaps mirrored. It is
+    enlarged only if the image is smaller than `side`."""
+    # The box has fractional sides, and one filter crops and resizes.
     width, height = image.size
     shorter = min(width, height)
-    extent = max(rng.uniform(config.smallest, 1.0) * shorter, min(side, shorter))
-    left, top = rng.uniform(0, width - extent), rng.uniform(0, height - extent)
-    box = (left, top, left + extent, top + extent)
-    out = image.resize((side, side), PIL.Image.Resampling.LANCZOS, box=box)
+    box_side = max(rng.uniform(config.smallest, 1.0) * shorter, min(side, shorter))
+    left, top = rng.uniform(0, width - box_side), rng.uniform(0, height - box_side)
+    box = (left, top, left + box_side, top + box_side)
+    square = image.resize((side, side), PIL.Image.Resampling.LANCZOS, box=box)
     if rng.random() < config.mirror:
-        out = out.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
-    return out
+        square = square.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    return square
 
 
 def to_pixels(images: Sequence[PIL.Image.Image]) -> Tensor:
@@ -265,15 +266,18 @@ class ImageBatches:
             image = read_or_quarantine(self._images, image_number, rng.random(), self._quarantine)
             if image is not None:
                 return self._crop(image, rng)
-        raise DataError(f"none of {_TRIES} images is whole: see {self._quarantine.path}")
+        raise DataError(
+            f"{_TRIES} images in a row cannot be read: see {self._quarantine.path}, and mend or "
+            "remove them"
+        )
 
 
 def read_or_quarantine(
-    images: Images, number: int, which: float, quarantine: Quarantine
+    images: Images, number: int, choice: float, quarantine: Quarantine
 ) -> PIL.Image.Image | None:
     """An image, or None if it went to the quarantine."""
     try:
-        image = images.read(number, which)
+        image = images.read(number, choice)
     except (DataError, ImageError) as error:
         path, row = images.find(number)
         quarantine.refuse(path, row + 1, str(error))
@@ -282,20 +286,20 @@ def read_or_quarantine(
     return image
 
 
-def hold_out(images: Images, count: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of `count` images to check on, but at most the share `most` of all, and the numbers
-    of the others."""
+def hold_out(images: Images, count: int, max_share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of `count` images to check on, but at most the share `max_share` of all, and the
+    numbers of the others; both ascending."""
     # A fixed seed, so that runs of other seeds are measured on the same images.
     total = len(images)
-    held = min(count, int(most * total))
+    count = min(count, int(max_share * total))
     order = np.random.default_rng(0).permutation(total)
-    return np.sort(order[:held]), np.sort(order[held:])
+    return np.sort(order[:count]), np.sort(order[count:])
 
 
 def centre_crops(
     images: Images, numbers: Iterable[int], side: int, quarantine: Quarantine
 ) -> Tensor:
     """The central squares of the images that can be read: float32 [B, 3, side, side]."""
-    read = (read_or_quarantine(images, int(number), 0.0, quarantine) for number in numbers)
-    squares = [cropped(image, side) for image in read if image is not None]
+    loaded = (read_or_quarantine(images, int(number), 0.0, quarantine) for number in numbers)
+    squares = [cropped(image, side) for image in loaded if image is not None]
     return to_pixels(squares) if squares else torch.empty(0, 3, side, side)

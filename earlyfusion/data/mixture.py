@@ -24,7 +24,7 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import TokenSequence
 
 _CYCLE = 4096  # documents in which each source has exactly its share
-_TRIES = 1000  # consecutive rows that may be unusable
+_TRIES = 1000  # consecutive unusable rows after which a source counts as unusable
 _MASK = (1 << 64) - 1
 
 
@@ -105,7 +105,7 @@ class Schedule:
         self._slots = [_slots(stage.weights) for stage in self._stages]
         self._cycle = lru_cache(8)(self._new_cycle)
         self._seed = seed
-        # Documents of each source taken by earlier stages: a later stage continues from there.
+        # Per stage: source -> number of its documents in earlier stages, where this one goes on.
         self._taken: list[dict[str, int]] = [{}]
         for number, stage in enumerate(self._stages[1:]):
             self._taken.append(self._taken_by(number, stage.start))
@@ -127,19 +127,20 @@ class Schedule:
         np.random.default_rng([self._seed, stage, cycle]).shuffle(order)
         ranks = np.zeros(_CYCLE, np.int64)
         for source in range(len(slots)):
-            own = order == source
-            ranks[own] = np.arange(own.sum())
+            is_source = order == source
+            ranks[is_source] = np.arange(is_source.sum())
         return order, ranks
 
     def _taken_by(self, stage: int, end: int) -> dict[str, int]:
-        """How many documents of each source come before `end`, where this stage ends."""
+        """How many documents of each source come before document `end` of the mixture, where this
+        stage ends."""
         slots = self._slots[stage]
-        cycles, rest = divmod(end - self._stages[stage].start, _CYCLE)
+        cycles, remainder = divmod(end - self._stages[stage].start, _CYCLE)
         order, _ = self._cycle(stage, cycles)
-        extra = np.bincount(order[:rest], minlength=len(slots))
+        in_last_cycle = np.bincount(order[:remainder], minlength=len(slots))
         taken = dict(self._taken[stage])
         for source, (name, count) in enumerate(slots.items()):
-            taken[name] = taken.get(name, 0) + cycles * count + int(extra[source])
+            taken[name] = taken.get(name, 0) + cycles * count + int(in_last_cycle[source])
         return taken
 
 
@@ -160,12 +161,12 @@ class Mixture:
     def __call__(self, number: int) -> TokenSequence:
         name, position = self._schedule.locate(number)
         chosen = self._sources[name]
-        of_source = [p for p in self._sources.values() if p.documents is chosen.documents]
-        for part in sorted(of_source, key=lambda p: p is not chosen):
-            # Twice the rows of a part contain one of its epochs whole.
+        parts = [p for p in self._sources.values() if p.documents is chosen.documents]
+        for part in sorted(parts, key=lambda p: p is not chosen):  # the chosen one first
+            # Twice as many tries as the part has rows, which cover a whole epoch of it.
             for attempt in range(min(_TRIES, 2 * len(part))):
-                # The replacement also comes at its own position: skipping it there would need a
-                # state.
+                # The replacing row also comes at its regular position, because leaving it out
+                # there would need a state.
                 epoch, pieces = part.pieces(position + attempt)
                 if pieces:
                     # Of a long document, each epoch takes another piece.
@@ -206,8 +207,10 @@ class Epochs:
     def _index(self, epoch: int, position: int) -> int:
         """The index among the chosen numbers of the document at `position` of an epoch."""
         pools, sizes, groups, starts = self._pools(epoch)
-        pool, at = pools.find(position)
-        offset = shuffled(at, int(sizes[pool]), _hash(self._key, f"{epoch} {pool}"))
+        pool, pool_position = pools.find(position)
+        offset = permuted_index(
+            pool_position, int(sizes[pool]), _hash(self._key, f"{epoch} {pool}")
+        )
         for group in groups[pool * DECODED_GROUPS : (pool + 1) * DECODED_GROUPS]:
             if offset < self._groups[group]:
                 return int(starts[group]) + offset
@@ -272,12 +275,12 @@ def balance_answers(
 def _balanced(kind_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """The kinds of answers, ascending, the weight of each, and the most frequent kind."""
     kinds, counts = np.unique(kind_of, return_counts=True)
-    weights = np.minimum(1 / len(kinds), _MOST_REPEATS * counts / counts.sum())
+    weights = np.minimum(1 / len(kinds), _MAX_REPEATS * counts / counts.sum())
     return kinds, weights, int(kinds[counts.argmax()])
 
 
 _ANSWER_NAMES = ("text", "images", "text and images")  # by TEXT, IMAGE, BOTH
-_MOST_REPEATS = 4
+_MAX_REPEATS = 4  # of a row, compared with a source that is not balanced
 
 
 def _sizes(groups: Sequence[int], chosen: np.ndarray | None) -> list[int]:
@@ -297,28 +300,28 @@ class PrefetchedStream(Generic[Item]):
 
     def __init__(self, stream: Callable[[int], Item], workers: int, depth: int = 64) -> None:
         self._stream, self._depth = stream, depth
-        self._pool = ThreadPoolExecutor(workers, "ahead")
-        self._waiting: dict[int, Future[Item]] = {}
+        self._pool = ThreadPoolExecutor(workers, "prefetch")
+        self._futures: dict[int, Future[Item]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, number: int) -> Item:
         with self._lock:
-            # Drop earlier items; after a roll-back, also those far ahead.
-            for other in [n for n in self._waiting if not number <= n < number + self._depth]:
-                self._waiting.pop(other).cancel()
+            # Drop items that were passed; after a roll-back, also those that are too far ahead.
+            for unneeded in [n for n in self._futures if not number <= n < number + self._depth]:
+                self._futures.pop(unneeded).cancel()
             for ahead in range(number, number + self._depth):
-                if ahead not in self._waiting:
-                    self._waiting[ahead] = self._pool.submit(self._stream, ahead)
-            future = self._waiting[number]
+                if ahead not in self._futures:
+                    self._futures[ahead] = self._pool.submit(self._stream, ahead)
+            future = self._futures[number]
         return future.result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def shuffled(number: int, size: int, key: int) -> int:
-    """Entry `number` of a pseudo-random permutation of 0..size-1, computed without a table of it,
-    by a Feistel network."""
+def permuted_index(number: int, size: int, key: int) -> int:
+    """Entry `number` of a pseudo-random permutation of 0 to size - 1, which depends on `key`. A
+    Feistel network computes it without a table of the permutation."""
     bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << bits) - 1
     while True:
@@ -326,7 +329,7 @@ def shuffled(number: int, size: int, key: int) -> int:
         for step in range(4):
             left, right = (
                 right,
-                left ^ (_mixed(right + key + step * 0x9E3779B97F4A7C15) & mask),
+                left ^ (_mix64(right + key + step * 0x9E3779B97F4A7C15) & mask),
             )
         number = left << bits | right
         # The network permutes all numbers of 2 * bits bits; results of `size` or more go through it
@@ -335,7 +338,7 @@ def shuffled(number: int, size: int, key: int) -> int:
             return number
 
 
-def _mixed(x: int) -> int:
+def _mix64(x: int) -> int:
     """The finaliser of splitmix64 (Steele et al. 2014)."""
     x &= _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -345,10 +348,10 @@ def _mixed(x: int) -> int:
 
 def _hash(seed: int, name: str) -> int:
     """A hash of 64 bits, the same on every machine."""
-    mixed = _mixed(seed + 1)
+    value = _mix64(seed + 1)
     for byte in name.encode("utf-8", "surrogatepass"):
-        mixed = _mixed(mixed ^ byte)
-    return mixed
+        value = _mix64(value ^ byte)
+    return value
 
 
 def _shares(weights: Mapping[str, float], total: float = 1.0) -> dict[str, float]:
@@ -372,10 +375,11 @@ def _slots(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def _round_to_slots(weights: Mapping[Any, float]) -> dict[Any, int]:
-    """The cycle divided by weight: rounded down, and the rest to the largest remainders."""
+    """The slots of a cycle for each name, in proportion to its weight: rounded down, and one more
+    for the names with the largest remainders until all slots are used."""
     exact = {name: share * _CYCLE for name, share in _shares(weights).items()}
-    slots = {name: int(amount) for name, amount in exact.items()}
-    left = _CYCLE - sum(slots.values())
-    for name in sorted(exact, key=lambda n: slots[n] - exact[n])[:left]:
+    slots = {name: int(count) for name, count in exact.items()}
+    unassigned = _CYCLE - sum(slots.values())
+    for name in sorted(exact, key=lambda n: slots[n] - exact[n])[:unassigned]:
         slots[name] += 1
     return slots

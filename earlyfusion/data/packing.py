@@ -131,13 +131,14 @@ class Packer:
         rank, world_size = self.share
         size = self.rows // world_size
         rows = [self._row() for _ in range(self.rows)]
-        return self._packed(rows[rank * size : (rank + 1) * size])
+        return self._pack(rows[rank * size : (rank + 1) * size])
 
     def batches(self, documents: Sequence[TokenSequence], rows: int) -> Iterator[PackedBatch]:
         """This process's share of these documents, each packed once, in batches of `rows` rows.
         Every process gets equally many batches: the last ones are filled with rows of padding."""
         rank, world_size = self.share
-        # In order, so that a measurement does not depend on the number of rows.
+        # Rows are filled in the order of the documents, so that a measurement does not depend on
+        # `rows`.
         packed, free = list[list[TokenSequence]](), 0
         for document in documents:
             needed = len(document) - 1
@@ -147,8 +148,8 @@ class Packer:
             packed[-1].append(document)
             free -= needed
         packed += [[] for _ in range(-len(packed) % (world_size * rows))]
-        for at in range(rank * rows, len(packed), world_size * rows):
-            yield self._packed(packed[at : at + rows])
+        for first in range(rank * rows, len(packed), world_size * rows):
+            yield self._pack(packed[first : first + rows])
 
     def _row(self) -> list[TokenSequence]:
         """The documents of the next row: as many as fit."""
@@ -176,7 +177,7 @@ class Packer:
             return self._fetched[1]
         return self._stream(self.cursor)
 
-    def _packed(self, rows: Sequence[Sequence[TokenSequence]]) -> PackedBatch:
+    def _pack(self, rows: Sequence[Sequence[TokenSequence]]) -> PackedBatch:
         return pack_rows(rows, self._weights, self.length, self._pad)
 
 

@@ -29,7 +29,7 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.files import expanded, files_under
 
 _HUB_PATTERNS = [f"*{s}" for s in (*SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")]
-_DIGESTED = 4096  # bytes at each end of a file
+_DIGESTED_BYTES = 4096  # at each end of a file
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,21 @@ class Rows:
 
     def find(self, number: int) -> tuple[Table, int]:
         """The table of row `number`, and its number in that table."""
-        table, at = self._numbers.find(number)
-        return self.tables[table], at
+        table, table_row = self._numbers.find(number)
+        return self.tables[table], table_row
 
     def outlines(self) -> Outlines:
-        """All rows in order, with one byte in place of each image's; None for a damaged row."""
+        """The outlines of all rows, in order."""
         return chain.from_iterable(table.outlines() for table in self.tables)
 
 
 def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
     """Open a file, a folder, a glob or a hub id; `cache` is for indices. Raises `DataError`."""
-    if source and not settings.patterns and (captioned := _captioned(source)) is not None:
+    captioned = None if settings.patterns or not source else _open_captioned(source)
+    if captioned is not None:
         return captioned
     root, paths, from_hub = find_files(source, settings.patterns)
-    # A data set of the hub is a stranger's: its rows may only name files of its folder.
+    # A data set from the hub is not trusted: its rows may only name files of its folder.
     tables = [
         open_table(p, cache, ImageFolder(settings.images or p.parent, confined=from_hub))
         for p in paths
@@ -87,8 +88,9 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
     return rows
 
 
-def _captioned(source: str) -> Rows | None:
-    """A folder of images with text files, if it has no file of rows."""
+def _open_captioned(source: str) -> Rows | None:
+    """The rows of a folder of images with text files; None for a folder with a file of rows, or any
+    other source."""
     folder = expanded(source)
     # A file of rows wins: text files beside its images may be anything.
     if not folder.is_dir() or any(p.suffix in SUFFIXES for p in files_under(folder)):
@@ -150,9 +152,9 @@ def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(root).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
-            digest.update(file.read(_DIGESTED))
-            file.seek(max(0, size - _DIGESTED))
-            digest.update(file.read(_DIGESTED))
+            digest.update(file.read(_DIGESTED_BYTES))
+            file.seek(max(0, size - _DIGESTED_BYTES))
+            digest.update(file.read(_DIGESTED_BYTES))
     return digest.hexdigest()
 
 
@@ -165,7 +167,7 @@ class Quarantine:
         self.good = self.broken = 0
         self.last_reason = ""  # of the row that was refused last
         self.entries: list[dict[str, Any]] = []
-        self._written = _written(path)
+        self._written = _rows_in_file(path)
         self._lock = threading.Lock()
 
     def accept(self) -> None:
@@ -194,24 +196,24 @@ class Quarantine:
 
 def check_share(broken: int, good: int, limit: float, reason: str) -> None:
     """Raise `DataError` if more than `limit` of at least 100 rows are broken."""
-    # A share of fewer rows would say little.
-    seen = broken + good
-    if seen >= 100 and broken > limit * seen:
+    # The share of fewer rows says little.
+    total = broken + good
+    if total >= 100 and broken > limit * total:
         raise DataError(
-            f"{broken:,} of {seen:,} rows are broken, the limit is {limit:.0%}: mend them (the "
+            f"{broken:,} of {total:,} rows are broken, the limit is {limit:.0%}: mend them (the "
             f"last one: {reason}) or raise max_broken"
         )
 
 
-def _written(path: Path | None) -> set[tuple[str, int]]:
+def _rows_in_file(path: Path | None) -> set[tuple[str, int]]:
     """File and number of the rows that earlier runs have written down."""
     if path is None or not path.exists():
         return set()
-    written = set()
+    rows = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-            written.add((str(entry["file"]), int(entry["row"])))
+            rows.add((str(entry["file"]), int(entry["row"])))
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed
-    return written
+    return rows

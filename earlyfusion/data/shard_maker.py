@@ -31,9 +31,11 @@ class Job:
 
     sources: tuple[str, ...]
     out: Path
+    """Folder of the shards."""
     model: Path
     device: str = "cpu"
     threads: int = 0
+    """CPU threads of each process; 0: torch's default."""
     rows_a_shard: int = 2048
     rows: RowSettings = field(default_factory=RowSettings)
     encoding: EncodingSettings = field(default_factory=EncodingSettings)
@@ -66,25 +68,27 @@ class ShardMaker:
         return fingerprints(self._processor, self._image_tokenizer)
 
     def make(self, shard: int) -> dict[str, Any]:
-        """Write one shard; the note of `write_shard`, with the rows that were refused."""
-        size = self._job.rows_a_shard
-        numbers = range(shard * size, min((shard + 1) * size, len(self._rows)))
-        # The caller judges the share of broken rows, over all shards.
+        """Write shard number `shard`. Returns the note of `write_shard`, with the counts of forms
+        and the rows that went to the quarantine."""
+        rows_a_shard = self._job.rows_a_shard
+        numbers = range(shard * rows_a_shard, min((shard + 1) * rows_a_shard, len(self._rows)))
+        # The caller checks the share of broken rows, over all shards: here any share passes.
         quarantine, forms = Quarantine(None, 1.0), Counter[str]()
         documents: list[TokenSequence | None] = []
         answer_kinds: list[int] = []
-        for at in range(0, len(numbers), _BATCH):
-            places = [self._rows.find(number) for number in numbers[at : at + _BATCH]]
-            read = [self._encoder.read(self.sources[n], row, quarantine) for n, row in places]
-            forms.update(row.form for row in read if row.turns is not None)
-            documents += self._encoder.encode(read)
-            answer_kinds += [row.answer_kind for row in read]
+        for first in range(0, len(numbers), _BATCH):
+            located = map(self._rows.find, numbers[first : first + _BATCH])  # source, row in it
+            batch = [self._encoder.read(self.sources[n], row, quarantine) for n, row in located]
+            forms.update(row.form for row in batch if row.turns is not None)
+            documents += self._encoder.encode(batch)
+            answer_kinds += [row.answer_kind for row in batch]
         extra = {"forms": dict(forms), "quarantined": quarantine.entries}
-        size = self._processor.vocabulary.size
-        return write_shard(self._job.out, shard, documents, answer_kinds, size, extra)
+        vocabulary_size = self._processor.vocabulary.size
+        return write_shard(self._job.out, shard, documents, answer_kinds, vocabulary_size, extra)
 
 
 def open_sources(job: Job) -> list[Rows]:
+    """The rows of each source of a job."""
     return [open_rows(source, job.out / INDEX_FOLDER, job.rows) for source in job.sources]
 
 

@@ -3,7 +3,7 @@
 A folder has `index.json` and, for each shard (consecutive rows), two files:
 
 - `00000.npy`: for each token its `id` and its `mark`: the role in bits 0 to 2, bit 3 if it counts
-  in the loss, bit 4 if a segment begins;
+  in the loss, bit 4 if a segment starts;
 - `00000.documents.npy`: int64 [rows, 3]: first token, number of tokens, what the answers hold. A
   broken row has no tokens but keeps its number.
 
@@ -39,7 +39,7 @@ from earlyfusion.processor import (
 INDEX = "index.json"
 FORMAT = "earlyfusion token shards, version 1"
 # Bits of a mark. The role END is written as a CONTROL that counts in the loss.
-_ROLE, _COUNTED, _BEGINS = 7, 8, 16
+_ROLE, _IN_LOSS, _STARTS_SEGMENT = 7, 8, 16
 _OPEN_SHARDS = 64
 
 
@@ -57,10 +57,10 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write one shard and its note: a JSON file of its counts, its checksums and `extra`, which the
     index replaces in the end. Returns the note. The document of a broken row is None."""
-    written = [document or TokenSequence() for document in documents]
+    stored = [document or TokenSequence() for document in documents]
     # An empty document in front, as a shard of broken rows alone would have nothing to join.
-    tokens = np.concatenate([_tokens_of(d, vocabulary_size) for d in [TokenSequence(), *written]])
-    lengths = np.array([len(d) for d in written], np.int64)
+    tokens = np.concatenate([_tokens_of(d, vocabulary_size) for d in [TokenSequence(), *stored]])
+    lengths = np.array([len(d) for d in stored], np.int64)
     table = np.stack([np.cumsum(lengths) - lengths, lengths, np.asarray(answer_kinds, np.int64)], 1)
     name = shard_name(number)
     files = {f"{name}.npy": tokens, f"{name}.documents.npy": table}
@@ -68,7 +68,7 @@ def write_shard(
         _write(folder / file, partial(np.save, arr=array))
     note = {
         "number": number,
-        "rows": len(written),
+        "rows": len(stored),
         "documents": int((lengths > 0).sum()),
         "tokens": len(tokens),
         "files": {file: checksum(folder / file) for file in files},
@@ -97,7 +97,7 @@ class TokenShards:
     ) -> None:
         index = read_index(folder)
         self.name, self._folder, self.splitter = str(folder), folder, splitter
-        _check(folder, index, fingerprints)
+        _check_index(folder, index, fingerprints)
         self._shards: list[dict[str, Any]] = index["shards"]
         self._rows = Joined(shard["rows"] for shard in self._shards)
         self.groups = [len(self)]
@@ -111,9 +111,9 @@ class TokenShards:
 
     def document(self, number: int) -> TokenSequence:
         """The whole document `number`; without tokens if its row was broken."""
-        shard, at = self._rows.find(number)
+        shard, row = self._rows.find(number)
         tokens, table = self._open(shard)
-        start, length, _ = table[at].tolist()
+        start, length, _ = table[row].tolist()
         return _document_of(tokens[start : start + length])
 
     def pieces(self, number: int) -> list[TokenSequence]:
@@ -168,7 +168,7 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check(folder: Path, index: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+def _check_index(folder: Path, index: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
     if not index.get("complete"):
         raise DataError(f"{folder} is not complete: run the same earlyfusion tokenize again")
     for name, fingerprint in fingerprints.items():
@@ -185,8 +185,8 @@ def _tokens_of(document: TokenSequence, vocabulary_size: int) -> np.ndarray:
     tokens = np.zeros(len(document), [("id", ids), ("mark", np.uint8)])
     role = np.array(document.role, np.uint8)
     mark = np.where(role == END, CONTROL, role)
-    mark[np.isin(role, LEARNED)] |= _COUNTED
-    mark[[start for start, _, _ in document.spans]] |= _BEGINS
+    mark[np.isin(role, LEARNED)] |= _IN_LOSS
+    mark[[start for start, _, _ in document.spans]] |= _STARTS_SEGMENT
     tokens["id"], tokens["mark"] = document.ids, mark
     return tokens
 
@@ -195,20 +195,20 @@ def _document_of(tokens: np.ndarray) -> TokenSequence:
     """A document from its stored form."""
     mark = np.asarray(tokens["mark"])
     role = mark & _ROLE
-    begins = np.flatnonzero(mark & _BEGINS)
-    spans = _spans(role, begins)
-    role[(role == CONTROL) & (mark & _COUNTED > 0)] = END
+    starts = np.flatnonzero(mark & _STARTS_SEGMENT)
+    spans = _spans(role, starts)
+    role[(role == CONTROL) & (mark & _IN_LOSS > 0)] = END
     return TokenSequence(tokens["id"].tolist(), role.tolist(), spans)
 
 
-def _spans(role: np.ndarray, begins: np.ndarray) -> list[tuple[int, int, Modality]]:
+def _spans(role: np.ndarray, starts: np.ndarray) -> list[tuple[int, int, Modality]]:
     """The segments that begin there: each ends at the next one or at the next control token."""
-    edges = np.union1d(np.flatnonzero(role == CONTROL), begins).tolist()
+    edges = np.union1d(np.flatnonzero(role == CONTROL), starts).tolist()
     end_of = dict(zip(edges, [*edges, len(role)][1:], strict=True))
     modalities: dict[bool, Modality] = {True: "image", False: "text"}
     return [
         (start, end_of[start], modalities[role[start] in (PROMPT_IMAGE, ANSWER_IMAGE)])
-        for start in begins.tolist()
+        for start in starts.tolist()
     ]
 
 

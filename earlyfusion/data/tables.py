@@ -40,6 +40,8 @@ DECODED_GROUPS = 8
 _PLACEHOLDER = b"\0"  # in place of an image's bytes in an outline
 
 Outlines = Iterator[dict[str, Any] | None]
+"""Rows with `_PLACEHOLDER` in place of the bytes of each image, which says what a row holds without
+reading its images; None for a damaged row."""
 
 
 class Table(Protocol):
@@ -56,7 +58,7 @@ class Table(Protocol):
         ...
 
     def outlines(self) -> Outlines:
-        """All rows in order, with one byte in place of each image's; None for a damaged row."""
+        """The outlines of all rows, in order."""
         ...
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
@@ -73,23 +75,28 @@ class ImageFolder:
     def read(self, name: str) -> bytes:
         """The bytes of a file of the folder, or of a data URL. Raises `DataError`."""
         if "://" in name:
-            raise DataError(f"the image {name[:80]} is on the net: download it and give its file")
+            raise DataError(f"the image {name[:80]} is a URL: download it and give its file")
         if name.startswith("data:"):
             return _data_url(name)
         path = Path(name)
-        # Rows from strangers must not show this machine's files to the model.
+        # Rows of an untrusted data set must not show this machine's files to the model.
         if self._confined and (path.is_absolute() or ".." in path.parts):
             raise DataError(f"the image {name[:80]} lies outside the data set: leave the row out")
         try:
             path = self._folder / path
             # Check the size before reading: a row may name any file.
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise DataError(f"the image {name[:80]} has over {MAX_FILE_BYTES:,} bytes")
+                raise DataError(
+                    f"the image {name[:80]} has over {MAX_FILE_BYTES:,} bytes: make it smaller"
+                )
             return path.read_bytes()
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"the image {name[:80]} is not in {self._folder}") from None
+            raise DataError(
+                f"the image {name[:80]} is not in {self._folder}: put it there, or give its folder "
+                "as images"
+            ) from None
 
 
 class JsonRows:
@@ -164,14 +171,14 @@ class TarRows:
 
     def _row(self, number: int, contents: Callable[[int], bytes]) -> dict[str, Any]:
         first, last = (int(self._index["first"][n]) for n in (number, number + 1))
-        members = {str(self._index["suffix"][at]): contents(at) for at in range(first, last)}
+        members = {str(self._index["suffix"][m]): contents(m) for m in range(first, last)}
         row: dict[str, Any] = {}
         for suffix, data in members.items():
             if suffix == "json":
                 row |= _json_object(data)
             else:
                 row[suffix] = _decode_text(data) if _is_text(suffix) else data
-        # A dialogue in a tar rarely names its images: take the other members of its sample.
+        # A dialogue in a tar rarely names its images: they are the image members of its sample.
         if {"messages", "conversations", "prompt"} & row.keys() and not _has_images(row):
             images = [row[s] for s in sorted(members, key=_natural_key) if _is_image(s)]
             row |= {"images": images} if images else {}
@@ -202,10 +209,10 @@ class ParquetRows:
         self._lock = threading.Lock()  # a ParquetFile is not safe to use from several threads
 
     def row(self, number: int) -> dict[str, Any]:
-        group, at = self._rows.find(number)
+        group, index = self._rows.find(number)
         with self._lock:
             try:
-                rows: list[dict[str, Any]] = self._group(group).slice(at, 1).to_pylist()
+                rows: list[dict[str, Any]] = self._group(group).slice(index, 1).to_pylist()
             except (OSError, ValueError):
                 raise DataError(
                     f"row group {group} is damaged: get {self.path.name} again"
@@ -234,17 +241,22 @@ class ParquetRows:
         """Rows of a group, without reading byte columns that have a value in every row."""
         metadata = self._file.metadata.row_group(group)
         paths = [metadata.column(i).path_in_schema for i in range(metadata.num_columns)]
-        full = [path for i, path in enumerate(paths) if _is_full_of_bytes(metadata.column(i))]
-        read = [path for path in paths if path not in full]
-        # The length of a list is only known from another column of its entries.
-        unread = [p for p in full if p.count(".") <= 1 or any(_are_siblings(p, q) for q in read)]
+        bytes_in_all = [p for i, p in enumerate(paths) if _is_full_of_bytes(metadata.column(i))]
+        others = [path for path in paths if path not in bytes_in_all]
+        # Bytes in the entries of a list are only skipped beside another column of the entries,
+        # which says how many there are.
+        skipped = [
+            path
+            for path in bytes_in_all
+            if path.count(".") <= 1 or any(_are_siblings(path, other) for other in others)
+        ]
         with self._lock:
-            columns = [path for path in paths if path not in unread]
+            columns = [path for path in paths if path not in skipped]
             table = self._file.read_row_group(group, columns=columns)
         rows: list[dict[str, Any]] = table.to_pylist() or [{} for _ in range(metadata.num_rows)]
-        for path in unread:
+        for path in skipped:
             for row in rows:
-                _set_present(row, path.split("."))
+                _set_placeholder(row, path.split("."))
         return rows
 
 
@@ -266,8 +278,8 @@ class CsvRows(JsonRows):
                 f"the row has {len(cells)} cells and the first row {len(self._names)}: quote cells "
                 "that hold a delimiter or a newline"
             )
-        named = zip(self._names, cells, strict=True)
-        return {name: _cell(name, cell) for name, cell in named if cell}
+        named_cells = zip(self._names, cells, strict=True)
+        return {name: _cell(name, cell) for name, cell in named_cells if cell}
 
 
 class ArrowRows:
@@ -377,8 +389,8 @@ def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
 def _index_key(path: Path) -> str:
     stat = path.stat()
     # The time as well: rows may change without the size.
-    named = f"{_INDEX_VERSION} {path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-    return hashlib.sha256(named.encode()).hexdigest()[:24]
+    key = f"{_INDEX_VERSION} {path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+    return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def _index_json(path: Path) -> Index:
@@ -394,12 +406,12 @@ def _index_json(path: Path) -> Index:
 
 
 def _line_spans(path: Path) -> list[tuple[int, int]]:
-    spans, at = [], 0
+    spans, start = [], 0
     with path.open("rb") as file:
         for line in file:
             if not line.isspace():
-                spans.append((at, at + len(line)))
-            at += len(line)
+                spans.append((start, start + len(line)))
+            start += len(line)
     return spans
 
 
@@ -414,7 +426,7 @@ def _csv_reader(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
 
 def _index_csv(path: Path) -> Index:
     """Names of the columns, and the byte span of each row, which may take several lines."""
-    ends = [0]
+    ends = [0]  # of the lines, in bytes; the 0 is where the first line starts
 
     def lines() -> Iterator[str]:
         with path.open("rb") as file:
@@ -426,14 +438,14 @@ def _index_csv(path: Path) -> Index:
     spans: list[tuple[int, int]] = []
     names: list[str] = []
     # The reader reads no line ahead, so a row ends where the lines read so far end.
-    before = 0
+    row_start = 0
     try:
         for cells in _csv_reader(path, lines()):
             if not names:
                 names = [name.strip() for name in cells]
             elif cells:
-                spans.append((before, ends[-1]))
-            before = ends[-1]
+                spans.append((row_start, ends[-1]))
+            row_start = ends[-1]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path} cannot be read after {len(spans)} rows ({error}): write it as UTF-8, with "
@@ -448,10 +460,10 @@ def _index_csv(path: Path) -> Index:
 
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
-    # Spreadsheets write several empty names after the last column.
-    twice = next((n for at, n in enumerate(names) if n and n in names[:at]), None)
-    if twice is not None:
-        raise DataError(f"{path} has the column {twice!r} twice: rename or remove one")
+    # Empty names may repeat: spreadsheets write several of them after the last column.
+    repeated = next((n for i, n in enumerate(names) if n and n in names[:i]), None)
+    if repeated is not None:
+        raise DataError(f"{path} has the column {repeated!r} twice: rename or remove one")
 
 
 def _cell(name: str, cell: str) -> Any:
@@ -490,19 +502,20 @@ def _pyarrow(path: Path) -> Any:
 
 def _array_spans(path: Path) -> list[tuple[int, int]]:
     """Byte spans of the elements of a JSON array."""
-    # JSON is decoded by character but located by byte: both positions advance together.
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    # The decoder counts characters, the spans count bytes: both positions advance together.
+    decoder, separators = json.JSONDecoder(), re.compile(r"[\s,]*")
     spans: list[tuple[int, int]] = []
     try:
         text = path.read_text(encoding="utf-8")
-        at, byte = text.index("[") + 1, len(text[: text.index("[") + 1].encode())
+        end = text.index("[") + 1
+        byte = len(text[:end].encode())
         while True:
-            start = _end(between, text, at)
-            byte += len(text[at:start].encode())
+            start = _match_end(separators, text, end)
+            byte += len(text[end:start].encode())
             if text[start] == "]":
                 return spans
-            _, at = decoder.raw_decode(text, start)
-            size = len(text[start:at].encode())
+            _, end = decoder.raw_decode(text, start)
+            size = len(text[start:end].encode())
             spans.append((byte, byte + size))
             byte += size
     except (ValueError, IndexError, RecursionError):
@@ -512,9 +525,10 @@ def _array_spans(path: Path) -> list[tuple[int, int]]:
         ) from None
 
 
-def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
-    match = pattern.match(text, at)
-    return match.end() if match else at
+def _match_end(pattern: re.Pattern[str], text: str, start: int) -> int:
+    """Where the match at `start` ends; `start` if there is none."""
+    match = pattern.match(text, start)
+    return match.end() if match else start
 
 
 def _index_tar(path: Path) -> Index:
@@ -533,9 +547,9 @@ def _index_tar(path: Path) -> Index:
     except (tarfile.TarError, OSError, EOFError):
         raise DataError(f"{path} is damaged or compressed: get it again, as a plain tar") from None
     # The members of a sample are consecutive, as WebDataset requires.
-    new = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
+    first_members = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     return {
-        "first": np.array([*new, len(keys)], np.int64),
+        "first": np.array([*first_members, len(keys)], np.int64),
         "suffix": np.array(suffixes, np.str_),
         "offset": np.array(offsets, np.int64),
         "size": np.array(sizes, np.int64),
@@ -549,8 +563,11 @@ def _is_text(suffix: str) -> bool:
     return suffix == "json" or suffix.rpartition(".")[2] in ("txt", "text", "caption", "cls")
 
 
-# In Parquet: a column, a field of a struct, a field of the structs of a list.
-_BYTES_AT = re.compile(r"[^.]+|(?!.*\.(array|list|element)$)[^.]+\.[^.]+|[^.]+\.list\.[^.]+\.[^.]+")
+# Paths of Parquet columns that outlines may skip: a column, a field of a struct, or a field of the
+# structs of a list.
+_BYTES_COLUMN = re.compile(
+    r"[^.]+|(?!.*\.(array|list|element)$)[^.]+\.[^.]+|[^.]+\.list\.[^.]+\.[^.]+"
+)
 
 
 def _is_full_of_bytes(column: Any) -> bool:
@@ -558,7 +575,7 @@ def _is_full_of_bytes(column: Any) -> bool:
     statistics = column.statistics
     return (
         column.physical_type == "BYTE_ARRAY"
-        and _BYTES_AT.fullmatch(column.path_in_schema) is not None
+        and _BYTES_COLUMN.fullmatch(column.path_in_schema) is not None
         and statistics is not None
         and statistics.logical_type.type == "NONE"  # else a string
         and statistics.has_null_count
@@ -571,10 +588,11 @@ def _are_siblings(path: str, other: str) -> bool:
     return path.rpartition(".")[0] == other.rpartition(".")[0]
 
 
-def _set_present(row: dict[str, Any], path: Sequence[str]) -> None:
-    """Fill a column of `_BYTES_AT` that was not read."""
+def _set_placeholder(row: dict[str, Any], path: Sequence[str]) -> None:
+    """Put `_PLACEHOLDER` into a column of bytes that was not read; `path` is in a form of
+    `_BYTES_COLUMN`."""
     *outer, name = path
-    if len(outer) > 1:
+    if len(outer) > 1:  # list.element: each entry of the list has the column
         for entry in row[outer[0]]:
             entry[name] = _PLACEHOLDER
     else:
@@ -585,12 +603,12 @@ _ARROW_BATCH = 1024
 
 
 def _without_bytes(pyarrow: Any, column: Any) -> Any:
-    """An Arrow array with one byte in place of each that is not empty. Only the offsets are read,
-    so that the bytes of a mapped file stay on disk."""
+    """An Arrow array with `_PLACEHOLDER` in place of each value of bytes that is not empty. Only
+    the offsets are read, so that the bytes of a mapped file stay on disk."""
     dtype, types = column.type, pyarrow.types
     if types.is_binary(dtype) or types.is_large_binary(dtype):
-        filled = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)
-        return pyarrow.compute.if_else(filled, _PLACEHOLDER, b"")
+        has_bytes = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)
+        return pyarrow.compute.if_else(has_bytes, _PLACEHOLDER, b"")
     if types.is_struct(dtype):
         fields = [_without_bytes(pyarrow, column.field(i)) for i in range(dtype.num_fields)]
         names = [dtype.field(i).name for i in range(dtype.num_fields)]

@@ -30,6 +30,7 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.files import full_disk_reported
 
 Progress = Callable[[int, int], None]
+"""Called with the number of rows done and the number of all rows."""
 QUARANTINE = "quarantine.jsonl"
 
 
@@ -51,9 +52,9 @@ class Summary:
 def tokenize(
     job: Job, workers: int = 1, on_ray: bool = False, progress: Progress = lambda done, total: None
 ) -> Summary:
-    """Make the missing shards of `job`; `progress` is called with the rows done and all rows.
-    Raises `DataError` if the folder holds another corpus, too many rows are broken, or none can be
-    used, and `SettingError` if the disk is full."""
+    """Make the missing shards of `job` with `workers` processes, or actors with `on_ray`. Raises
+    `DataError` if the folder holds another corpus, too many rows are broken, or none can be used,
+    and `SettingError` if the disk is full."""
     if workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
     with full_disk_reported(job.out):
@@ -70,9 +71,9 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
     job.out.mkdir(parents=True, exist_ok=True)
     maker = ShardMaker(job)
     total = sum(map(len, maker.sources))
-    contents = _contents(job, maker.sources, maker.encoding, maker.fingerprints())
-    # The index is begun before the first shard, to keep another job out of the folder.
-    if _begin(job.out, contents):
+    head = _index_head(job, maker.sources, maker.encoding, maker.fingerprints())
+    # The index is written before the first shard, so that another job is refused.
+    if _begin(job.out, head):
         return _summary(job.out, made_now=0)
     shards = range(-(-total // job.rows_a_shard))
     notes = {n: note for n in shards if (note := read_shard_note(job.out, n)) is not None}
@@ -82,14 +83,15 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
         notes[note["number"]] = note
         _check_quarantine(notes.values(), job.rows.max_broken)
         progress(_rows_done(notes), total)
-    _finish(job.out, contents, [notes[n] for n in shards])
+    _finish(job.out, head, [notes[n] for n in shards])
     return _summary(job.out, made_now=len(missing))
 
 
 def _make_shards(
     job: Job, maker: ShardMaker, shards: list[int], workers: int, on_ray: bool
 ) -> Iterator[dict[str, Any]]:
-    """Notes of the shards in the order of completion; `maker` is that of this process."""
+    """Make shards, and yield their notes in the order of completion. `maker` is used if they are
+    made in this process."""
     if on_ray:
         yield from make_on_ray(job, shards, workers)
     elif workers == 1 or len(shards) <= 1:
@@ -104,9 +106,9 @@ def _make_in_processes(job: Job, shards: list[int], workers: int) -> Iterator[di
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
         try:
             # In any order: the index lists them by number at the end.
-            waiting = [pool.submit(_make_shard, shard) for shard in shards]
-            for done in as_completed(waiting):
-                yield done.result()
+            futures = [pool.submit(_make_shard, shard) for shard in shards]
+            for future in as_completed(futures):
+                yield future.result()
         except BrokenProcessPool:
             raise DataError(
                 f"one of {workers} workers died, perhaps for want of memory: run the same command "
@@ -129,7 +131,7 @@ def _make_shard(shard: int) -> dict[str, Any]:
     return _maker.make(shard)
 
 
-def _contents(
+def _index_head(
     job: Job, sources: list[Rows], encoding: EncodingSettings, digests: dict[str, str]
 ) -> dict[str, Any]:
     """The head of the index: everything that the shards depend on."""
@@ -145,15 +147,15 @@ def _contents(
     }
 
 
-def _begin(out: Path, contents: dict[str, Any]) -> bool:
-    """Begin the index, or check that it has the same contents; whether all shards are done."""
+def _begin(out: Path, head: dict[str, Any]) -> bool:
+    """Begin the index, or check that it has the same head. Returns whether all shards are done."""
     if not (out / INDEX).exists():
         if any(path for path in out.iterdir() if path.name != INDEX_FOLDER):
             raise DataError(f"{out} is not empty and holds no token shards: choose another --out")
-        write_json(out / INDEX, contents | {"complete": False})
+        write_json(out / INDEX, head | {"complete": False})
         return False
     index = read_index(out)
-    changed = [key.replace("_", " ") for key, value in contents.items() if index.get(key) != value]
+    changed = [key.replace("_", " ") for key, value in head.items() if index.get(key) != value]
     if changed:
         raise DataError(
             f"{out} holds shards with other {' and '.join(changed)}: choose another --out, or "
@@ -162,17 +164,17 @@ def _begin(out: Path, contents: dict[str, Any]) -> bool:
     return bool(index["complete"])
 
 
-def _finish(out: Path, contents: dict[str, Any], notes: list[dict[str, Any]]) -> None:
+def _finish(out: Path, head: dict[str, Any], notes: list[dict[str, Any]]) -> None:
     """Write the quarantine, then the index with all shards, then remove their notes."""
     refused = [entry for note in notes for entry in note["quarantined"]]
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused)
     (out / QUARANTINE).write_text(lines, encoding="utf-8")
     forms = sum((Counter(note["forms"]) for note in notes), Counter[str]())
     totals = {name: sum(note[name] for note in notes) for name in ("rows", "documents", "tokens")}
-    listed = ("number", "rows", "documents", "tokens", "files")
-    shards = [{key: note[key] for key in listed} for note in notes]
-    done = {"complete": True, **totals, "quarantined": len(refused), "forms": dict(forms)}
-    write_json(out / INDEX, contents | done | {"shards": shards})
+    shard_keys = ("number", "rows", "documents", "tokens", "files")
+    shards = [{key: note[key] for key in shard_keys} for note in notes]
+    counts = {"complete": True, **totals, "quarantined": len(refused), "forms": dict(forms)}
+    write_json(out / INDEX, head | counts | {"shards": shards})
     # Last: if killed before this, the folder is complete and only has superfluous notes.
     for note in notes:
         (out / f"{shard_name(note['number'])}.json").unlink()
