@@ -21,7 +21,7 @@ from torch import Tensor
 
 from earlyfusion.checkpoints import detect, lumina
 from earlyfusion.checkpoints.adapter import merge_adapter, merged_weights, with_weights
-from earlyfusion.checkpoints.assemble import Loaded, assemble, check_not_packed
+from earlyfusion.checkpoints.assemble import LoadedModel, assemble, check_not_packed
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.source import read_card
 from earlyfusion.config import ModelConfig
@@ -850,7 +850,7 @@ def _refuse_packed(transformer: Transformer, adapter: str | Path) -> None:
 
 def _load_shard(
     name: str | Path, device: torch.device, dtype: torch.dtype | None, processes: int, verify: bool
-) -> Loaded:
+) -> LoadedModel:
     """This process's shard of a model, in the dtype that the whole model would have."""
     source = detect.open_source(detect.locate(name), verify=verify)
     check_not_packed(source)

@@ -12,7 +12,7 @@ from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, Image, Message, Reply, SamplingParams, Text
 from earlyfusion.checkpoints import detect
-from earlyfusion.checkpoints.assemble import Loaded
+from earlyfusion.checkpoints.assemble import LoadedModel
 from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import (
     CheckpointError,
@@ -462,11 +462,11 @@ def test_load(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(
         name: str | Path, device: torch.device, dtype: torch.dtype | None, verify: bool
-    ) -> Loaded:
+    ) -> LoadedModel:
         requests.extend((name, device.type, dtype))
         transformer = tiny_transformer(model.processor).to(dtype or torch.bfloat16)
         vqgan = model.image_tokenizer.vqgan
-        return Loaded(CONFIG, transformer, vqgan, model.processor, {"chameleon": {"top_k": 4}})
+        return LoadedModel(CONFIG, transformer, vqgan, model.processor, {"chameleon": {"top_k": 4}})
 
     monkeypatch.setattr(detect, "load", load)
     loaded = Chameleon.load("some/folder", device="cpu")

@@ -20,7 +20,7 @@ from tiny import tiny_processor
 
 from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints.anole import unrotate
-from earlyfusion.checkpoints.assemble import Loaded, build_vqgan
+from earlyfusion.checkpoints.assemble import LoadedModel, build_vqgan
 from earlyfusion.checkpoints.convert import convert
 from earlyfusion.checkpoints.detect import detect, load, locate
 from earlyfusion.checkpoints.hf import PROCESSOR, save_hf
@@ -141,7 +141,7 @@ class TestRoundTrip:
 
 
 class TestTransformersAsAPeer:
-    def image_tokens(self, loaded: Loaded) -> torch.Tensor:
+    def image_tokens(self, loaded: LoadedModel) -> torch.Tensor:
         return torch.from_numpy(loaded.processor.vocabulary.image_tokens)
 
     def test_they_load_what_we_save(self, saved: Path) -> None:

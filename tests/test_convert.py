@@ -24,7 +24,7 @@ from torch import Tensor
 from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints import checklist
 from earlyfusion.checkpoints.anole import rotate, unrotate
-from earlyfusion.checkpoints.assemble import Loaded
+from earlyfusion.checkpoints.assemble import LoadedModel
 from earlyfusion.checkpoints.convert import _size_text, convert
 from earlyfusion.checkpoints.detect import detect, load, locate
 from earlyfusion.checkpoints.hf import save_hf
@@ -63,7 +63,7 @@ def assert_same_shards(one: Path, two: Path) -> None:
         assert_equal_bits(shard, expected_shard)
 
 
-def assert_same_model(one: Loaded, two: Loaded) -> None:
+def assert_same_model(one: LoadedModel, two: LoadedModel) -> None:
     assert_equal_bits(one.transformer.state_dict(), two.transformer.state_dict())
     assert_equal_bits(one.vqgan.state_dict(), two.vqgan.state_dict())
     actual, expected = one.config.to_dict(), two.config.to_dict()
@@ -491,7 +491,7 @@ class TestChecklists:
             return md5(path)
 
         monkeypatch.setattr(checklist, "_md5", recording_md5)
-        monkeypatch.setattr(checklist, "_CACHED_FROM", 100_000)
+        monkeypatch.setattr(checklist, "_MIN_CACHED_BYTES", 100_000)
         load(meta)
         assert "consolidated.pth" in hashed and "params.json" in hashed
         hashed.clear()
@@ -511,7 +511,7 @@ class TestChecklists:
     ) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        monkeypatch.setattr(checklist, "_CACHED_FROM", 0)
+        monkeypatch.setattr(checklist, "_MIN_CACHED_BYTES", 0)
         assert load(meta).config.hidden_size == CONFIG.hidden_size
 
 

@@ -20,7 +20,7 @@ from test_hf_caches import waits
 from tiny import CONFIG, tiny_processor, tiny_transformer
 from torch import Tensor
 
-from earlyfusion.checkpoints.assemble import Loaded
+from earlyfusion.checkpoints.assemble import LoadedModel
 from earlyfusion.checkpoints.detect import load
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.content import Image, Message, Text, as_messages
@@ -68,12 +68,12 @@ def processor(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path, device: torch.device) -> Loaded:
+def loaded(folder: Path, device: torch.device) -> LoadedModel:
     return load(folder, device)
 
 
 @pytest.fixture(scope="module")
-def own(loaded: Loaded) -> Processor:
+def own(loaded: LoadedModel) -> Processor:
     return loaded.processor
 
 
@@ -83,7 +83,7 @@ def make_image(seed: int, size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
 
 
 def reference(
-    loaded: Loaded, ids: list[int], output: Any, max_tokens: int, text: float, image: float
+    loaded: LoadedModel, ids: list[int], output: Any, max_tokens: int, text: float, image: float
 ) -> list[int]:
     """The same request through the package's own loop."""
     sampling = replace(GREEDY, seed=0, guidance_text=text, guidance_image=image).resolved({})
@@ -109,7 +109,7 @@ class TestModes:
         ],
     )
     def test_equal_to_the_reference_loop(
-        self, model: Any, loaded: Loaded, processor: Any, mode: Any, text: float, image: float
+        self, model: Any, loaded: LoadedModel, processor: Any, mode: Any, text: float, image: float
     ) -> None:
         inputs = processor(images=[make_image(1)], text="What is this? <image>").to(model.device)
         ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()

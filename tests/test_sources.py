@@ -444,7 +444,7 @@ def test_images_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path: 
     for name in ("../out.png", str(tmp_path / "out.png")):
         with pytest.raises(DataError, match="outside the data set"):
             confined.read(name)
-    with pytest.raises(DataError, match="on the net"):
+    with pytest.raises(DataError, match="is a URL"):
         open_folder.read("https://example.com/a.png")
     with pytest.raises(DataError, match="is not in"):
         open_folder.read("none.png")
@@ -585,7 +585,7 @@ def test_broken_rows_are_listed_with_their_reason_and_counted(
         entries = [json.loads(line) for line in quarantine_file.read_text().splitlines()]
         assert [entry["row"] for entry in entries] == [2, 3, 4, 5]
         assert {entry["file"] for entry in entries} == {str(path)}
-        for entry, word in zip(entries, ("JSON", "damaged", "net", "character"), strict=True):
+        for entry, word in zip(entries, ("JSON", "damaged", "URL", "character"), strict=True):
             assert word in entry["reason"]
 
 

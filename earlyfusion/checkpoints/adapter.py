@@ -89,9 +89,9 @@ def save_adapter(folder: Path, layers: Mapping[str, LowRank], base: str) -> None
 def read_adapter(folder: Path) -> dict[str, LowRank]:
     """The adapters of a folder by layer name. Raises `CheckpointError`."""
     if not (folder / CONFIG).is_file():
-        inside = folder / "adapter"  # of a training run
-        which = inside if (inside / CONFIG).is_file() else "the folder of an adapter"
-        raise CheckpointError(f"{CONFIG} is missing in {folder}: give {which}")
+        run_adapter = folder / "adapter"  # if the folder is that of a training run
+        remedy = run_adapter if (run_adapter / CONFIG).is_file() else "the folder of an adapter"
+        raise CheckpointError(f"{CONFIG} is missing in {folder}: give {remedy}")
     config = read_json(folder / CONFIG)
     _check_plain_lora(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -148,19 +148,19 @@ def merged_weights(model: Transformer, folder: Path) -> Iterator[tuple[str, Tens
             )
     for name, layer in layers.items():
         weight = linears[name].weight
-        change = layer.scale * (layer.b.float() @ layer.a.float()).to(weight.device)
-        yield name, (weight.float() + change).to(weight.dtype)
+        update = layer.scale * (layer.b.float() @ layer.a.float()).to(weight.device)
+        yield name, (weight.float() + update).to(weight.dtype)
 
 
 @torch.no_grad()
 def with_weights(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> Transformer:
-    """The same model with other weights in some layers, rounded as its own are. All other tensors
-    are shared with `model`."""
+    """A copy of the model with other weights in some layers, in the dtype or the bits of the
+    model's weights. All other tensors are shared with `model`."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    copied = deepcopy(model, {id(tensor): _shared(tensor) for tensor in tensors})
+    copy = deepcopy(model, {id(tensor): _shared(tensor) for tensor in tensors})
     for name, weight in weights:
         weight = weight.to(model.lm_head.weight.dtype)
-        layer = copied.get_submodule(name)
+        layer = copy.get_submodule(name)
         if isinstance(layer, PackedLinear):
             with torch.device("meta"):
                 dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
@@ -168,8 +168,8 @@ def with_weights(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> T
             packed = PackedLinear(dense, layer.bits)
             layer.data, layer.scales = packed.data, packed.scales
         else:
-            _linear(copied, name).weight = nn.Parameter(weight, requires_grad=False)
-    return copied
+            _linear(copy, name).weight = nn.Parameter(weight, requires_grad=False)
+    return copy
 
 
 def _linear(model: Transformer, name: str) -> nn.Linear:
@@ -193,21 +193,25 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for an adapter that is more than LoRA on linear layers."""
     peft_type = config.get("peft_type")
-    used = [name for name in _UNSUPPORTED if config.get(name)]
-    start = config.get("init_lora_weights")
-    start = start.lower() if isinstance(start, str) else start
-    used += [] if start in _PLAIN_INITIALISATIONS else [f"init_lora_weights={start!r}"]
-    if peft_type != "LORA" or used or config.get("bias", "none") != "none":
-        features = f"with {', '.join(used) or 'biases'}"
-        kind = features if peft_type == "LORA" else f"of type {peft_type}"
+    unsupported = [name for name in _UNSUPPORTED if config.get(name)]
+    initialisation = config.get("init_lora_weights")
+    if isinstance(initialisation, str):
+        initialisation = initialisation.lower()
+    if initialisation not in _PLAIN_INITIALISATIONS:
+        unsupported.append(f"init_lora_weights={initialisation!r}")
+    if peft_type != "LORA" or unsupported or config.get("bias", "none") != "none":
+        features = f"with {', '.join(unsupported) or 'biases'}"
+        description = features if peft_type == "LORA" else f"of type {peft_type}"
         raise CheckpointError(
-            f"{folder} is an adapter {kind}, and only plain LoRA is read: merge it with PEFT and "
-            "load the merged model"
+            f"{folder} is an adapter {description}, and only plain LoRA is read: merge it with "
+            "PEFT and load the merged model"
         )
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """The factor of B A for the layer `name`, whose alpha may differ from that of the others."""
     try:
         patterns = (config.get("alpha_pattern") or {}).items()
         matching = [alpha for key, alpha in patterns if re.fullmatch(rf"(.*\.)?({key})", name)]

@@ -24,7 +24,7 @@ from earlyfusion.processor import Processor
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A whole model read from a folder, on its device, in eval mode."""
 
     config: ModelConfig
@@ -46,14 +46,14 @@ def assemble(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
-) -> Loaded:
+) -> LoadedModel:
     """Read an open checkpoint into modules; `dtype` None keeps that of the file. 8- and 4-bit
     weights are refused unless `packed` is True and `dtype` None. Raises `CheckpointError`."""
     config, folder = source.config, source.folder
     if not packed or dtype is not None:
         check_not_packed(source)
     transformer = build_transformer(config, source.tensors, folder, device, dtype, source.bits)
-    return Loaded(
+    return LoadedModel(
         config=config,
         transformer=transformer,
         vqgan=vqgan_of(source, device),
@@ -65,7 +65,8 @@ def assemble(
 
 
 def checked(source: Source) -> Source:
-    """The same checkpoint, if names, shapes and tokenizer fit its config; no tensor is read."""
+    """Check that names, shapes and tokenizer fit the config, without reading a tensor. Returns
+    `source`, to which a head that is tied to the embedding is added. Raises `CheckpointError`."""
     if source.config.tie_word_embeddings and EMBEDDING in source.tensors:
         source.tensors.setdefault(HEAD, source.tensors[EMBEDDING])
     _check_fits(_empty_transformer(source.config, source.bits), source.tensors, source.folder)
@@ -156,6 +157,7 @@ def _empty_vqgan(config: VQConfig, names: Mapping[str, object]) -> VQGAN:
 
 
 def _check_fits(module: nn.Module, tensors: Mapping[str, Stored], folder: Path) -> None:
+    """Raise `CheckpointError` if names, shapes or types of tensors do not fit the module."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_names(expected, {name: stored.shape for name, stored in tensors.items()}, folder)
     for name, tensor in module.state_dict().items():

@@ -17,9 +17,9 @@ from earlyfusion.files import write_whole
 
 CHECKLIST = "checklist.chk"
 _LINE = re.compile(r"([0-9a-f]{32}) [ *](\S+)")
-# Files below this number of bytes are summed again each time, which is fast.
-_CACHED_FROM = 2**24
-_MAX_CACHED = 1000
+# Smaller files are summed again each time, which is fast.
+_MIN_CACHED_BYTES = 2**24
+_MAX_CACHED = 1000  # entries of the cache; the oldest goes first
 
 
 def verify_checklist(folder: Path) -> None:
@@ -48,7 +48,7 @@ def write_checklist(folder: Path) -> None:
 def _cached_md5(path: Path) -> str:
     """The sum of a file, from the cache if the file has not changed since."""
     state = path.stat()
-    if state.st_size < _CACHED_FROM:
+    if state.st_size < _MIN_CACHED_BYTES:
         return _md5(path)
     key, version = str(path.resolve()), [state.st_size, state.st_mtime_ns]
     entry = _read_cache().get(key)

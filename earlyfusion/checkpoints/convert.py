@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 _WRITERS = {"hf": copy_to_hf, "meta": copy_to_meta}
 _CODEBOOK = "quantize.embedding.weight"
-# bf16 has 8 significant bits: copies of one codebook differ by rounding to them at most.
+# bf16 has 8 significant bits: two copies of one codebook differ at most by this rounding.
 _ROUNDING = 2**-7
 
 
@@ -84,23 +84,24 @@ class _Cast:
     NaN or infinite values, before or after the conversion."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
-        self._dtype, self._before, self._after = dtype, FiniteCheck(), FiniteCheck()
-        tensors = self._before.watch(source.tensors)
+        self._dtype, self._input_check, self._output_check = dtype, FiniteCheck(), FiniteCheck()
+        tensors = self._input_check.watch(source.tensors)
         if dtype is not None:
-            cast = {name: stored.to(dtype) for name, stored in tensors.items()}
-            tensors = self._after.watch(cast)
-        vq = self._before.watch(source.vq, VQ_PREFIX)
+            converted = {name: stored.to(dtype) for name, stored in tensors.items()}
+            tensors = self._output_check.watch(converted)
+        vq = self._input_check.watch(source.vq, VQ_PREFIX)
         self.source = replace(source, tensors=tensors, vq=vq)
 
     def check(self) -> None:
-        if self._before.found:
+        if self._input_check.report:
             raise CheckpointError(
-                f"{self.source.folder} is damaged: {self._before.found}: get it again, or "
+                f"{self.source.folder} is damaged: {self._input_check.report}: get it again, or "
                 "convert it as it is with --no-verify"
             )
-        if self._after.found:
+        if self._output_check.report:
             raise CheckpointError(
-                f"{self._dtype} is too narrow for {self.source.folder}: {self._after.found}: "
+                f"{self._dtype} is too narrow for {self.source.folder}: "
+                f"{self._output_check.report}: "
                 "choose bfloat16 or float32"
             )
 
@@ -109,8 +110,8 @@ def with_image_tokenizer(source: Source, path: Path) -> Source:
     """The checkpoint with the VQ-GAN at `path`; `CheckpointError` if its codes would differ."""
     config, vq = _open_image_tokenizer(path)
     expected = source.config.vq_config
-    known = source.vq.get(_CODEBOOK)
-    if known is not None and not _are_equal(known, vq[_CODEBOOK]):
+    codebook = source.vq.get(_CODEBOOK)
+    if codebook is not None and not _are_equal(codebook, vq[_CODEBOOK]):
         raise CheckpointError(
             f"{path} is not the image tokenizer that {source.folder} was trained with: "
             "their codebooks differ"
@@ -128,9 +129,9 @@ def with_image_tokenizer(source: Source, path: Path) -> Source:
 
 def _image_tokenizer_at(path: Path) -> Path:
     """`path`, or its tokenizer/ if that holds Meta's VQ-GAN and `path` is no model of its own."""
-    inside = path / "tokenizer"
-    is_inside = (inside / VQ_CONFIG).is_file() and not (path / "config.json").is_file()
-    return inside if is_inside else path
+    tokenizer = path / "tokenizer"
+    is_meta = (tokenizer / VQ_CONFIG).is_file() and not (path / "config.json").is_file()
+    return tokenizer if is_meta else path
 
 
 def _open_image_tokenizer(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
@@ -153,10 +154,10 @@ def _are_equal(first: Stored, second: Stored) -> bool:
 
 def _check_target(target: Path) -> None:
     try:
-        is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        is_unused = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     except OSError as error:
         raise unwritable(target, error) from None
-    if not is_free:
+    if not is_unused:
         raise CheckpointError(f"{target} is there already: choose another folder or remove it")
 
 

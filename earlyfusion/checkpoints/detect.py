@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from earlyfusion.checkpoints import anole, lumina
-from earlyfusion.checkpoints.assemble import Loaded, assemble
+from earlyfusion.checkpoints.assemble import LoadedModel, assemble
 from earlyfusion.checkpoints.checklist import verify_checklist
 from earlyfusion.checkpoints.hf import (
     INDEX,
@@ -42,7 +42,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = True,
-) -> Loaded:
+) -> LoadedModel:
     """Load an embedded model by name, a folder in any supported layout, or a hub id."""
     return assemble(open_source(locate(name), verify=verify), device, dtype, packed=True)
 

@@ -188,10 +188,10 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for path in _weight_files(folder):
         in_file = open_torch_file(path) if path.suffix == ".bin" else _open_safetensors(path)
-        if twice := sorted(tensors.keys() & in_file.keys()):
+        if repeated := sorted(tensors.keys() & in_file.keys()):
             raise CheckpointError(
-                f"{path} holds {twice[0]}, as another weight file does: which is meant is "
-                "unknown, so take it out of one of them"
+                f"{path} holds {repeated[0]}, as another weight file does: remove it from one of "
+                "them"
             )
         tensors |= in_file
     return tensors
@@ -221,7 +221,8 @@ def _to_current_names(
 
 
 def _expand_norm(name: str, stored: Stored, config: ModelConfig) -> Stored:
-    """transformers 4.43 and Lumina store one QK-norm for all heads of a shard: repeat it."""
+    """The tensor; a QK-norm with fewer rows than heads is repeated. transformers 4.43 and Lumina
+    store one for all heads of a shard."""
     for norm, heads in (("q_norm", config.num_attention_heads), ("k_norm", config.kv_heads)):
         if f".{norm}." in name and len(stored.shape) == 2:
             rows = stored.shape[0]
@@ -232,6 +233,7 @@ def _expand_norm(name: str, stored: Stored, config: ModelConfig) -> Stored:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, of which some may be missing."""
     for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / index).is_file():
             names = read_json(folder / index).get("weight_map")
@@ -300,21 +302,21 @@ def _split_into_shards(tensors: Mapping[str, Stored], count: int | None) -> list
     total = sum(stored.nbytes for stored in tensors.values())
     limit = _MAX_FILE_BYTES if count is None else total / count
     shards: list[dict[str, Stored]] = [{}]
-    in_shard, done = 0, 0
+    shard_bytes, assigned_bytes = 0, 0
     for number, (name, stored) in enumerate(tensors.items()):
         if count is None:
-            full = in_shard > 0 and in_shard + stored.nbytes > limit
+            starts_shard = shard_bytes > 0 and shard_bytes + stored.nbytes > limit
         else:
             # Leave at least one tensor for each remaining shard.
             is_needed = len(tensors) - number <= count - len(shards)
-            on_schedule = is_needed or done >= limit * len(shards)
-            full = bool(shards[-1]) and len(shards) < count and on_schedule
-        if full:
+            on_schedule = is_needed or assigned_bytes >= limit * len(shards)
+            starts_shard = bool(shards[-1]) and len(shards) < count and on_schedule
+        if starts_shard:
             shards.append({})
-            in_shard = 0
+            shard_bytes = 0
         shards[-1][name] = stored
-        in_shard += stored.nbytes
-        done += stored.nbytes
+        shard_bytes += stored.nbytes
+        assigned_bytes += stored.nbytes
     return shards
 
 
@@ -349,10 +351,10 @@ def _generation_config(settings: Mapping[str, Any], vocabulary: Vocabulary) -> d
         "eos_token_id": vocabulary.eos,
         "pad_token_id": vocabulary.pad,
     }
-    # Once the file has an eos_token_id, this package only reads its settings from "chameleon".
+    # In a file with an eos_token_id, this package reads only the settings under "chameleon".
     needs_copy = bool(settings) and not settings.keys() & {"chameleon", "eos_token_id"}
-    copy = {"chameleon": dict(settings)} if needs_copy else {}
-    return ids | {k: v for k, v in settings.items() if v is not None} | copy
+    chameleon_settings = {"chameleon": dict(settings)} if needs_copy else {}
+    return ids | {k: v for k, v in settings.items() if v is not None} | chameleon_settings
 
 
 def _packed_bits(folder: Path, config: Mapping[str, Any]) -> int | None:
@@ -396,13 +398,13 @@ def _config_files(
     images = {n: i for n, i in vocabulary.names.items() if n.startswith(IMAGE_PREFIX)}
     if vocabulary.image_placeholder is not None:
         images["<image>"] = vocabulary.image_placeholder
-    more: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "vocabulary_map": images}
+    extra: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "vocabulary_map": images}
     if family != "chameleon":
-        more[lumina.CONFIG_KEY] = family
+        extra[lumina.CONFIG_KEY] = family
     if bits is not None:
-        more["quantization_config"] = {"quant_method": PACKED, "bits": bits}
+        extra["quantization_config"] = {"quant_method": PACKED, "bits": bits}
     files = {
-        "config.json": config.to_dict() | more,
+        "config.json": config.to_dict() | extra,
         "generation_config.json": _generation_config(generation_config, vocabulary),
         "tokenizer_config.json": _tokenizer_config(config, placeholder),
         PROCESSOR: _processor_config(config.vq_config, placeholder, resize_mode),

@@ -137,12 +137,12 @@ def _k_norm(name: str) -> Rule:
     return Rule(name, _join_norms(lambda config: config.kv_heads), _split_norms)
 
 
-_WHOLE: dict[str, Rule] = {
+_MODEL_RULES: dict[str, Rule] = {
     "tok_embeddings.weight": Rule("model.embed_tokens.weight", _join_columns, _split_columns),
     "norm.weight": Rule("model.norm.weight", _join_replicas, _replicate),
     "output.weight": Rule("lm_head.weight", _join_rows, _split_rows),
 }
-_LAYER: dict[str, Rule] = {
+_LAYER_RULES: dict[str, Rule] = {
     "attention.wq.weight": Rule("self_attn.q_proj.weight", _join_rotary, _split_rotary),
     "attention.wk.weight": Rule("self_attn.k_proj.weight", _join_rotary, _split_rotary),
     "attention.wv.weight": Rule("self_attn.v_proj.weight", _join_rows, _split_rows),
@@ -162,8 +162,10 @@ _LAYER: dict[str, Rule] = {
 def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
     """Open a model folder as Meta and Anole publish it, whole or in shards. `tokenizer` is the
     folder of tokenizer and VQ-GAN, or one whose tokenizer/ is (None: the nearest)."""
-    given = None if tokenizer is None else _tokenizer_in(tokenizer)
-    tokenizer_folder = given or tokenizer or find_tokenizer(folder)
+    if tokenizer is None:
+        tokenizer_folder = find_tokenizer(folder)
+    else:
+        tokenizer_folder = _tokenizer_in(tokenizer) or tokenizer
     vq_config, vq = open_vqgan(tokenizer_folder)
     tokenizer_file = find_tokenizer_file(tokenizer_folder / META_TOKENIZER)
     ids = Vocabulary.from_file(tokenizer_file)
@@ -207,14 +209,14 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
         files[PROCESSOR] = {"image_processor": {"resize_mode": source.resize_mode}}
     for name, data in files.items():
         (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    for written in (folder, tokenizer_folder):
-        write_checklist(written)
+    write_checklist(folder)
+    write_checklist(tokenizer_folder)
 
 
 def find_tokenizer(folder: Path) -> Path:
     """The nearest folder with a text_tokenizer.json: this, or tokenizer/ here or in two parents."""
-    above = (parent / "tokenizer" for parent in folder.absolute().parents[:2])
-    nearest = _tokenizer_in(folder, *above)
+    in_parents = (parent / "tokenizer" for parent in folder.absolute().parents[:2])
+    nearest = _tokenizer_in(folder, *in_parents)
     if nearest is None:
         raise CheckpointError(
             f"no {META_TOKENIZER} beside {folder}: give the folder with Meta's tokenizer and VQ-GAN"
@@ -238,7 +240,8 @@ def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
 
 
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
-    """The model's shape from params.json, its "model" entry, and consolidate_params.json."""
+    """The model's shape from params.json, its "model" entry, and consolidate_params.json; of a
+    field in several, the last one counts."""
     params = read_json(folder / "params.json")
     if params.get("model") is not None:
         params |= typed(params, "model", dict, str(folder / "params.json"))
@@ -246,30 +249,30 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
     values, where = params | override, f"the params of {folder}"
     # null leaves the default.
     names = [name for name in _PARAMS if values.get(name) is not None]
-    merged = {name: typed(values, name, _PARAMS[name], where) for name in names}
-    missing = [n for n in ("dim", "n_layers", "n_heads", "vocab_size") if merged.get(n, -1) <= 0]
+    fields = {name: typed(values, name, _PARAMS[name], where) for name in names}
+    missing = [n for n in ("dim", "n_layers", "n_heads", "vocab_size") if fields.get(n, -1) <= 0]
     if missing:
         raise CheckpointError(
             f"{folder} gives no {', '.join(missing)}: params.json is incomplete, download it again"
         )
-    if not merged.get("qk_normalization", False):
+    if not fields.get("qk_normalization", False):
         raise CheckpointError(f"{folder} has no QK-norm: only Chameleon checkpoints can be read")
-    if merged.get("multiple_of", 1) < 1:
+    if fields.get("multiple_of", 1) < 1:
         raise CheckpointError(
-            f"multiple_of={merged['multiple_of']} in {where} must be at least 1: get the file again"
+            f"multiple_of={fields['multiple_of']} in {where} must be at least 1: get the file again"
         )
     return ModelConfig(
-        vocab_size=merged["vocab_size"],
-        hidden_size=merged["dim"],
-        intermediate_size=inner_width(merged),
-        num_hidden_layers=merged["n_layers"],
-        num_attention_heads=merged["n_heads"],
-        num_key_value_heads=merged.get("n_kv_heads"),
-        rms_norm_eps=merged.get("norm_eps", 1e-5),
-        rope_theta=merged.get("rope_theta", 10000.0),
-        swin_norm=merged.get("swin_norm", False),
-        max_position_embeddings=merged.get("max_position_embeddings", 4096),
-        model_parallel_size=merged.get("model_parallel_size", 1),
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["dim"],
+        intermediate_size=inner_width(fields),
+        num_hidden_layers=fields["n_layers"],
+        num_attention_heads=fields["n_heads"],
+        num_key_value_heads=fields.get("n_kv_heads"),
+        rms_norm_eps=fields.get("norm_eps", 1e-5),
+        rope_theta=fields.get("rope_theta", 10000.0),
+        swin_norm=fields.get("swin_norm", False),
+        max_position_embeddings=fields.get("max_position_embeddings", 4096),
+        model_parallel_size=fields.get("model_parallel_size", 1),
         vq_config=vq_config or VQConfig(),
     )
 
@@ -284,12 +287,14 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     files = [MappedFile(partial(_lookup, path)) for path in paths]
     # Also open names without a rule: `checked` will list them as unknown.
     table = _table(config.num_hidden_layers)
-    in_order = [name for name in table if name in names[0]]
-    joined: dict[str, Stored] = {}
-    for name in [*in_order, *sorted(names[0] - table.keys())]:
+    with_rule = [name for name in table if name in names[0]]
+    tensors: dict[str, Stored] = {}
+    for name in [*with_rule, *sorted(names[0] - table.keys())]:
         rule = table.get(name, Rule(name, _join_replicas, _replicate))
         try:
-            joined[rule.name] = _joined([file.stored(name) for file in files], rule.join, config)
+            tensors[rule.name] = _join_stored(
+                [file.stored(name) for file in files], rule.join, config
+            )
         except (RuntimeError, IndexError):
             raise CheckpointError(
                 f"{name} in {folder} does not have the shape that params.json says: "
@@ -299,15 +304,16 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{name} in {folder} is not a tensor: download the file again"
             ) from None
-    return joined
+    return tensors
 
 
 def _lookup(path: Path) -> Callable[[str], Tensor]:
     return torch_load(path).__getitem__
 
 
-def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored:
-    # Run on meta tensors, to learn the shape of the whole.
+def _join_stored(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored:
+    """One tensor from its shards, which are read when it is read."""
+    # Run on meta tensors, to learn the shape of the joined one.
     empty_shards = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in shards]
     result = join(empty_shards, config)
     return Stored(
@@ -317,11 +323,11 @@ def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored
 
 def _table(layers: int) -> dict[str, Rule]:
     """The rule for each of Meta's names, in the order of the network."""
-    embedding, *last = _WHOLE.items()
+    embedding, *last = _MODEL_RULES.items()
     blocks = [
         (f"layers.{i}.{name}", rule._replace(name=f"model.layers.{i}.{rule.name}"))
         for i in range(layers)
-        for name, rule in _LAYER.items()
+        for name, rule in _LAYER_RULES.items()
     ]
     return dict([embedding, *blocks, *last])
 
@@ -416,6 +422,7 @@ def _write_vqgan(folder: Path, config: VQConfig, state: Mapping[str, Tensor]) ->
 
 
 def _frequencies(config: ModelConfig) -> Tensor:
+    """The rotary frequencies, which Meta's files hold and this package computes: [head_dim / 2]."""
     steps = torch.arange(0, config.head_dim, 2).float()
     return 1.0 / config.rope_theta ** (steps / config.head_dim)
 
@@ -463,6 +470,7 @@ def _shard_count(source: Source, requested: int | None) -> int:
 
 
 def _possible_shards(source: Source) -> list[int]:
+    """The numbers of shards that can hold the model, ascending."""
     config = source.config
     # Every dimension that is split must be divisible.
     common = math.gcd(
@@ -477,6 +485,7 @@ def _possible_shards(source: Source) -> list[int]:
 
 
 def _can_share(norms: Sequence[Tensor], shards: int) -> bool:
+    """Whether all heads of a shard have the same QK-norm, so that one can be stored for them."""
     per_shard = chain.from_iterable(norm.chunk(shards, 0) for norm in norms)
     return all(torch.equal(norm, norm[:1].expand_as(norm)) for norm in per_shard)
 
@@ -503,7 +512,8 @@ def width_params(dim: int, width: int) -> dict[str, Any]:
     for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if inner_width({"dim": dim, "multiple_of": multiple}) == width:
             return {"multiple_of": multiple}
-    # No multiple gives this width: use 1 and a factor; 0.5 guards against rounding down.
+    # No multiple gives this width: use 1 and a factor. The 0.5 keeps `inner_width`, which rounds
+    # down, from ending one below.
     factor = (width + 0.5) / int(2 * (4 * dim) / 3)
     return {"multiple_of": 1, "ffn_dim_multiplier": factor}
 

@@ -67,10 +67,10 @@ class Stored:
         return self.then(lambda tensor: tensor.to(dtype))
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Stored:
-        """The tensor after `change`, which is applied when it is read."""
+        """The tensor that `change` makes of this one, once it is read."""
         # Run on a meta tensor, to learn the new shape and dtype.
-        after = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        return Stored(after.dtype, tuple(after.shape), lambda: change(self.read()))
+        result = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        return Stored(result.dtype, tuple(result.shape), lambda: change(self.read()))
 
 
 @dataclass
@@ -99,11 +99,11 @@ class FiniteCheck:
         self._counts: dict[str, int] = {}
 
     def watch(self, tensors: Mapping[str, Stored], prefix: str = "") -> dict[str, Stored]:
-        """The same tensors, checked when they are read. `found` puts `prefix` before their
+        """The same tensors, checked when they are read. `report` puts `prefix` before their
         names."""
-        return {name: self._watched(prefix + name, stored) for name, stored in tensors.items()}
+        return {name: self._watch(prefix + name, stored) for name, stored in tensors.items()}
 
-    def _watched(self, name: str, stored: Stored) -> Stored:
+    def _watch(self, name: str, stored: Stored) -> Stored:
         def read() -> Tensor:
             tensor = stored.read()
             if not bool(torch.isfinite(tensor).all()):
@@ -113,16 +113,17 @@ class FiniteCheck:
         return Stored(stored.dtype, stored.shape, read)
 
     @property
-    def found(self) -> str:
-        """A phrase with the number of such values and the first tensors that have them, or ""."""
+    def report(self) -> str:
+        """A phrase with the number of such values and the first tensors that have them; "" if no
+        tensor that was read has any."""
         if not self._counts:
             return ""
         shown = [f"{n:,} in {name}" for name, n in [*self._counts.items()][:_SHOWN_TENSORS]]
-        more = len(self._counts) - len(shown)
-        rest = [f"the others in {more} more tensor{'s' * (more > 1)}"] if more else []
+        if more := len(self._counts) - len(shown):
+            shown.append(f"the others in {more} more tensor{'s' * (more > 1)}")
         total = sum(self._counts.values())
         values = "1 value is" if total == 1 else f"{total:,} values are"
-        return f"{values} NaN or infinite ({', '.join([*shown, *rest])})"
+        return f"{values} NaN or infinite ({', '.join(shown)})"
 
 
 class MappedFile:
@@ -151,23 +152,24 @@ class MappedFile:
 
 
 def check_names(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
+    expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: Path
 ) -> None:
-    """Raise `CheckpointError` with the keys that are missing, unknown or of another shape."""
-    both = expected.keys() & found.keys()
+    """Compare the shapes of tensors by name. Raises `CheckpointError` with the keys that are
+    missing, unknown or of another shape."""
+    in_both = expected.keys() & actual.keys()
     # (verb, adjective) -> keys, as in "it has the unknown key x"
     problems = {
-        ("lacks", ""): expected.keys() - found.keys(),
-        ("has", "unknown "): found.keys() - expected.keys(),
-        ("has wrong shapes for", ""): {name for name in both if expected[name] != found[name]},
+        ("lacks", ""): expected.keys() - actual.keys(),
+        ("has", "unknown "): actual.keys() - expected.keys(),
+        ("has wrong shapes for", ""): {n for n in in_both if expected[n] != actual[n]},
     }
-    found_problems = [
-        f"{verb} {_listed(keys, adjective)}" for (verb, adjective), keys in problems.items() if keys
+    phrases = [
+        f"{verb} {_key_list(keys, adjective)}"
+        for (verb, adjective), keys in problems.items()
+        if keys
     ]
-    if found_problems:
-        raise CheckpointError(
-            f"{source} does not fit its config: it {'; it '.join(found_problems)}"
-        )
+    if phrases:
+        raise CheckpointError(f"{source} does not fit its config: it {'; it '.join(phrases)}")
 
 
 def torch_load(path: Path) -> dict[str, Any]:
@@ -175,9 +177,9 @@ def torch_load(path: Path) -> dict[str, Any]:
     are unpickled."""
     try:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
-        mapped = zipfile.is_zipfile(path)
+        is_zip = zipfile.is_zipfile(path)
         with warnings.catch_warnings(action="ignore"):
-            content = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+            content = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
         content = dict(content.get("state_dict", content))
         if not all(isinstance(name, str) for name in content):
             raise TypeError("names must be strings")
@@ -233,7 +235,7 @@ def read_card(folder: Path | None) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths}
 
 
-def _listed(keys: Collection[str], adjective: str) -> str:
+def _key_list(keys: Collection[str], adjective: str) -> str:
     names = ", ".join(sorted(keys)[:_SHOWN_KEYS])
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
     if len(keys) == 1:

@@ -18,7 +18,7 @@ from earlyfusion.checkpoints.source import HEAD, FiniteCheck, Source, Stored
 from earlyfusion.config import ModelConfig
 from earlyfusion.vocabulary import Vocabulary
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def summarize(name: str | Path, verify: bool = True) -> Summary:
     config, vocabulary = source.config, Vocabulary.from_file(source.tokenizer)
     tied = {HEAD} if config.tie_word_embeddings else set()
     counts = {
-        "transformer": _parameters({k: v for k, v in source.tensors.items() if k not in tied}),
-        "image_tokenizer": _parameters(source.vq),
+        "transformer": _num_parameters({k: v for k, v in source.tensors.items() if k not in tied}),
+        "image_tokenizer": _num_parameters(source.vq),
     }
     return Summary(
         folder=str(folder),
@@ -57,10 +57,13 @@ def summarize(name: str | Path, verify: bool = True) -> Summary:
         file_bytes={p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
         parameters=counts,
         memory={
-            dtype: counts["transformer"] * size + counts["image_tokenizer"] * _BYTES["float32"]
-            for dtype, size in _BYTES.items()
+            dtype: counts["transformer"] * size
+            + counts["image_tokenizer"] * _BYTES_OF_DTYPE["float32"]
+            for dtype, size in _BYTES_OF_DTYPE.items()
         },
-        kv_bytes_per_token={dtype: _kv_values(config) * size for dtype, size in _BYTES.items()},
+        kv_bytes_per_token={
+            dtype: _kv_values(config) * size for dtype, size in _BYTES_OF_DTYPE.items()
+        },
         context=config.max_position_embeddings,
         image_side=config.vq_config.resolution,
         tokens_per_image=source.layout.num_tokens,
@@ -78,13 +81,13 @@ def _finite(source: Source, tied: set[str]) -> str:
     """The `finite` of a summary: reads all weights, one tensor at a time."""
     check = FiniteCheck()
     tensors = {name: stored for name, stored in source.tensors.items() if name not in tied}
-    watched = check.watch(tensors) | check.watch(source.vq, VQ_PREFIX)
-    for stored in watched.values():
+    all_tensors = check.watch(tensors) | check.watch(source.vq, VQ_PREFIX)
+    for stored in all_tensors.values():
         stored.read()
-    return f"no: {check.found}" if check.found else "yes"
+    return f"no: {check.report}" if check.report else "yes"
 
 
-def _parameters(tensors: Mapping[str, Stored]) -> int:
+def _num_parameters(tensors: Mapping[str, Stored]) -> int:
     return sum(_num_weights(name, stored) for name, stored in tensors.items())
 
 

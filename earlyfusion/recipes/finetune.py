@@ -26,7 +26,7 @@ import torch
 from earlyfusion import processes
 from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.adapter import save_adapter
-from earlyfusion.checkpoints.assemble import Loaded, assemble
+from earlyfusion.checkpoints.assemble import LoadedModel, assemble
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.source import Source, read_card
 from earlyfusion.config import PRESETS, ModelConfig
@@ -167,7 +167,7 @@ def _validation(config: FinetuneConfig, task: LanguageTask, corpus: Corpus) -> V
 def _samples(
     config: FinetuneConfig,
     model: Transformer,
-    loaded: Loaded,
+    loaded: LoadedModel,
     image_tokenizer: ImageTokenizer,
     corpus: Corpus,
 ) -> PromptedImages | None:
@@ -182,7 +182,7 @@ def _samples(
     return samples if prompts else None
 
 
-def prepare_model(loaded: Loaded, config: FinetuneConfig) -> Transformer:
+def prepare_model(loaded: LoadedModel, config: FinetuneConfig) -> Transformer:
     """Make a loaded model ready for training: dropout, adapters or image rows, and fp32 weights.
     With `precision=bf16`, frozen matrices of the blocks that are stored in bf16 stay in bf16, which
     gives the same result in half of the memory."""
@@ -208,7 +208,7 @@ def prepare_model(loaded: Loaded, config: FinetuneConfig) -> Transformer:
 def save_model(
     folder: Path,
     model: Transformer,
-    loaded: Loaded,
+    loaded: LoadedModel,
     source: Source,
     resize_mode: Mode,
     cards: Mapping[str, str],
