@@ -198,7 +198,7 @@ def test_report_and_its_table(
     card.write_text("no table\n")
     with pytest.raises(SettingError, match="where a table begins"):
         emoji.check_card(card)
-    with pytest.raises(SettingError, match="limit is 0"):
+    with pytest.raises(SettingError, match="limit=0"):
         emoji.measure(model, data, limit=0)
 
 

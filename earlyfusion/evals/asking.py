@@ -30,13 +30,13 @@ def generate_replies(
     model: Model, prompts: Sequence[Any], output: str, sampling: Sequence[SamplingParams]
 ) -> list[Any]:
     """The replies to the prompts, in batches of `BATCH`; one set of settings for each prompt."""
-    generated: list[Any] = []
+    replies: list[Any] = []
     for start in range(0, len(prompts), BATCH):
         rows = slice(start, start + BATCH)
-        generated += model.generate_batch(
+        replies += model.generate_batch(
             list(prompts[rows]), output=output, sampling=list(sampling[rows])
         )
-    return generated
+    return replies
 
 
 def greedy_sampling(prompts: Sequence[Any]) -> list[SamplingParams]:
@@ -51,5 +51,5 @@ def seeded_sampling(count: int, seed: int, max_images: int | None = None) -> lis
 
 
 def share(values: Sequence[bool]) -> float | None:
-    """The share of true values, from 0 to 1; None if there are no values."""
+    """The share of true values, from 0 to 1 in four digits; None if there are no values."""
     return round(sum(values) / len(values), 4) if values else None

@@ -24,7 +24,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,11 @@ def measure(
     Shares are between 0 and 1, PSNR is in dB. Raises `SettingError` if the limit is below 1.
     """
     if limit < 1:
-        raise SettingError(f"limit is {limit}: give at least 1")
+        raise SettingError(f"limit={limit} must be at least 1")
     galleries: dict[str | None, Gallery] = {None: Gallery(data)}
     all_styles = galleries[None]
     num_images = min(limit, MAX_GENERATED)
-    known = _first_images(data, limit, seed), _sample_ids(data, "train", limit, seed)
+    requested, named = _first_images(data, limit, seed), _sample_ids(data, "train", limit, seed)
     # The most informative ones come first: a run may be interrupted.
     measures: dict[str, Callable[[], Numbers]] = {
         "naming": lambda: naming(model, data, limit, seed),
@@ -91,14 +91,14 @@ def measure(
         "wordings": lambda: free.wordings(model, data, all_styles),
         "questions": lambda: questions(model, data, min(limit, MAX_QUESTIONS)),
         "lists": lambda: lists(model, data, min(limit, MAX_LISTS), seed),
-        "refusals": lambda: free.refusals(model, data, *known, min(limit, MAX_REFUSALS)),
+        "refusals": lambda: free.refusals(model, data, requested, named, min(limit, MAX_REFUSALS)),
         "reconstruction": lambda: reconstruction(model, data, limit, seed),
         "scenes": lambda: free.scene_answers(model, data, num_images),
     }
     report: Numbers = {"limit": limit, "seed": seed}
     started = time.monotonic()
-    for name, run in measures.items():
-        report[name] = run()
+    for name, run_measure in measures.items():
+        report[name] = run_measure()
         if keep is not None:
             keep(report)
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
@@ -200,7 +200,7 @@ def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numb
     psnr_median, psnr_tenth}. Nine tenths of the validation images have at least `psnr_tenth`."""
     images = data.images(_sample_ids(data, "val", limit, seed))
     pairs = zip(images, _reconstruct(model, images), strict=True)
-    values = [psnr(resized(before, after.size), after) for before, after in pairs]
+    values = [psnr(resized(image, decoded.size), decoded) for image, decoded in pairs]
     return {
         "n": len(values),
         "psnr_median": round(float(np.median(values)), 2),
@@ -208,9 +208,9 @@ def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numb
     }
 
 
-def psnr(one: PIL.Image.Image, other: PIL.Image.Image) -> float:
+def psnr(image_a: PIL.Image.Image, image_b: PIL.Image.Image) -> float:
     """Peak signal-to-noise ratio of two images of one size in dB; 99 if they are equal."""
-    difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
+    difference = np.asarray(image_a, np.float64) - np.asarray(image_b, np.float64)
     error = float((difference**2).mean())
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
@@ -233,20 +233,20 @@ def retrieval(
     """
     galleries = {None: Gallery(data)} if galleries is None else galleries
     report: Numbers = {}
-    chosen = {"usual": _first_images(data, limit, seed)}
-    chosen |= {split: _sample_ids(data, split, limit, seed) for split in ("train", "val-pair")}
+    ids_of = {"usual": _first_images(data, limit, seed)}
+    ids_of |= {split: _sample_ids(data, split, limit, seed) for split in ("train", "val-pair")}
     generated: dict[str, list[PIL.Image.Image | None]] = {}
-    for split, ids in chosen.items():
-        table = "draw" if split == "usual" else "draw_styled"
-        prompts = [_image_prompt(data, id_, LANGUAGES[i % 2], table) for i, id_ in enumerate(ids)]
+    for split, ids in ids_of.items():
+        task = "draw" if split == "usual" else "draw_styled"
+        prompts = [_image_prompt(data, id_, LANGUAGES[i % 2], task) for i, id_ in enumerate(ids)]
         replies = generate_replies(model, prompts, "image", seeded_sampling(len(ids), seed))
         generated[split] = [r.images[0] if r.images else None for r in replies]
         report[split] = _ranks(data, ids, generated[split], galleries)
         if split == "usual":
             report["any style"] = _ranks(data, ids, generated[split], galleries, any_style=True)
-    true = data.images(chosen["val-pair"])
+    true = data.images(ids_of["val-pair"])
     report["distance"] = _distances(model, generated["val-pair"], true, galleries[None])
-    ids = chosen["val-pair"] or chosen["train"]
+    ids = ids_of["val-pair"] or ids_of["train"]
     report["ceiling"] = _ranks(data, ids, _reconstruct(model, data.images(ids)), galleries)
     return report
 
@@ -288,10 +288,11 @@ def _ranks(
     return {"n": len(ranks)} | {f"top{top}": share([r < top for r in ranks]) for top in TOPS}
 
 
-def _image_prompt(data: EmojiData, image_id: str, lang: str, table: str = "draw_styled") -> str:
+def _image_prompt(data: EmojiData, image_id: str, lang: str, task: str = "draw_styled") -> str:
+    """The request for an image; with the task "draw" it gives no style."""
     row = data.row(image_id)
     name = name_of(row, lang)
-    prompt = PROMPTS[table][lang].published[0]
+    prompt = PROMPTS[task][lang].published[0]
     return prompt.format(n=name, no=particle(name, "을/를"), s=style_of(row, lang))
 
 
@@ -347,56 +348,59 @@ _TESTED_ON = {
 
 def markdown(report: Numbers) -> list[str]:
     """The report as the lines of a table for a model card."""
-    lines = list(HEAD)
+    return [*HEAD, *_text_lines(report), *_image_lines(report), *_free_lines(report)]
 
-    def add(measure: str, on: str, n: int, *scores: float | None) -> None:
-        shown = " / ".join("-" if s is None else f"{100 * s:.1f} %" for s in scores)
-        lines.append(f"| {measure} | {on} | {n} | {shown} |")
 
+def _text_lines(report: Numbers) -> Iterator[str]:
+    """Names, questions and lists."""
     for split, languages in report["naming"].items():
-        for lang, found in languages.items():
-            add(f"naming, exact match, {lang}", split, found["n"], found["exact"])
-    for task, found in report["questions"].items():
-        add(f"question: {task.replace('_', ' ')}", "val dialogues", found["n"], found["exact"])
-    found = report["lists"]
-    add("lists: well formed", "val dialogues", found["n"], found["well_formed"])
-    add("lists: right items", "val dialogues", found["n"], found["right_items"])
-    found = report["reconstruction"]
-    lines.append(
-        f"| reconstruction, median PSNR | val | {found['n']} | {found['psnr_median']:.1f} dB |"
-    )
-    for split, found in report["retrieval"].items():
-        if split == "distance":
-            continue
-        scores = [found[f"top{top}"] for top in TOPS]
-        add("drawing retrieval, top 1 / 5 / 10", _TESTED_ON.get(split, split), found["n"], *scores)
-    found = report["retrieval"]["distance"]
-    for of in ("drawings", "reconstructions"):
-        shown = "-" if found[of] is None else f"{found[of]:.2f}"
-        lines.append(
-            f"| distance to true images (Frechet) | val-pair, {of} | {found['n']} | {shown} |"
-        )
-    for prompt, found in report["seeds"].items():
-        shown = f"{found['different']} different, {found['right']} right"
-        lines.append(f'| seeds 0 to 7 of "{prompt}" | images | {found["n"]} | {shown} |')
-    found = report["wordings"]
-    add(
-        "free wordings: right kind / also right thing",
-        "held-out requests",
-        found["n"],
-        found["kind"],
-        found["right"],
-    )
-    for prompts, found in report["refusals"].items():
-        add("says that it does not know", prompts, found["n"], found["refused"])
-    found = report["scenes"]
-    add(
-        "questions about scenes (how many, where)",
-        "scenes not trained on",
-        found["n"],
-        found["exact"],
-    )
-    return lines
+        for lang, result in languages.items():
+            yield _shares_line(f"naming, exact match, {lang}", split, result, "exact")
+    for task, result in report["questions"].items():
+        yield _shares_line(f"question: {task.replace('_', ' ')}", "val dialogues", result, "exact")
+    yield _shares_line("lists: well formed", "val dialogues", report["lists"], "well_formed")
+    yield _shares_line("lists: right items", "val dialogues", report["lists"], "right_items")
+
+
+def _image_lines(report: Numbers) -> Iterator[str]:
+    """Reconstructed and generated images."""
+    result = report["reconstruction"]
+    psnr_text = f"{result['psnr_median']:.1f} dB"
+    yield _line("reconstruction, median PSNR", "val", result["n"], psnr_text)
+    tops = [f"top{top}" for top in TOPS]
+    for split, result in report["retrieval"].items():
+        if split != "distance":
+            on = _TESTED_ON.get(split, split)
+            yield _shares_line("drawing retrieval, top 1 / 5 / 10", on, result, *tops)
+    result = report["retrieval"]["distance"]
+    for images in ("drawings", "reconstructions"):
+        distance = "-" if result[images] is None else f"{result[images]:.2f}"
+        measure = "distance to true images (Frechet)"
+        yield _line(measure, f"val-pair, {images}", result["n"], distance)
+    for prompt, result in report["seeds"].items():
+        counts = f"{result['different']} different, {result['right']} right"
+        yield _line(f'seeds 0 to 7 of "{prompt}"', "images", result["n"], counts)
+
+
+def _free_lines(report: Numbers) -> Iterator[str]:
+    """Free wordings, unknown things and scenes."""
+    measure = "free wordings: right kind / also right thing"
+    yield _shares_line(measure, "held-out requests", report["wordings"], "kind", "right")
+    for prompts, result in report["refusals"].items():
+        yield _shares_line("says that it does not know", prompts, result, "refused")
+    measure = "questions about scenes (how many, where)"
+    yield _shares_line(measure, "scenes not trained on", report["scenes"], "exact")
+
+
+def _shares_line(measure: str, on: str, result: Numbers, *names: str) -> str:
+    """A line with the shares of a result that have these names, in percent."""
+    shares = (result[name] for name in names)
+    scores = " / ".join("-" if s is None else f"{100 * s:.1f} %" for s in shares)
+    return _line(measure, on, result["n"], scores)
+
+
+def _line(measure: str, on: str, n: int, score: str) -> str:
+    return f"| {measure} | {on} | {n} | {score} |"
 
 
 def requests_table(report: Numbers) -> list[str]:
@@ -437,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="mini", help="a model's name, folder or hub id")
     parser.add_argument("--data", required=True, help="folder of the emoji data")
-    parser.add_argument("--limit", type=int, default=300, help="images or questions a measure")
+    parser.add_argument("--limit", type=int, default=300, help="images or questions per measure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")

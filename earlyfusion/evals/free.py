@@ -29,7 +29,7 @@ from earlyfusion.mini.emoji.wordings import HELD_OUT, FreeRequest
 SEED_PROMPTS = {"Draw a cat.": "cat", "Draw a house.": "house", "Draw an elephant.": "elephant"}
 """A request, and a word that is in the names of all things that it may mean."""
 SEEDS = 8
-NOT_TRAINED = 1  # seed of synthetic images; training has those of seed 0
+HELD_OUT_SEED = 1  # of synthetic images; training has those of seed 0
 _YES = {"yes", "응", "네", "예"}
 _NO = {"no", "아니", "아니요", "아니오"}
 
@@ -58,42 +58,51 @@ def wordings(model: Model, data: EmojiData, gallery: Gallery) -> Numbers:
     `kind` is the share whose answer is of the right kind (an image, a name, yes or no, …), `right`
     of those that also have the right thing. Requests for things that the data lacks are left out.
     """
-    first: dict[str, Row] = {}
+    first_rows: dict[str, Row] = {}  # concept -> its first training image
     for image_id in data.split("train"):
-        first.setdefault(data.row(image_id)["codepoints"], data.row(image_id))
-    requests = [r for r in HELD_OUT if _is_answerable(data, first, r)]
-    prompts = [[*(Image(data.image(first[c]["id"])) for c in r.images), r.text] for r in requests]
+        first_rows.setdefault(data.row(image_id)["codepoints"], data.row(image_id))
+    requests = [r for r in HELD_OUT if _is_answerable(data, first_rows, r)]
+    prompts = [
+        [*(Image(data.image(first_rows[concept]["id"])) for concept in r.images), r.text]
+        for r in requests
+    ]
     sampling = seeded_sampling(len(prompts), 0, max_images=5)
     replies = generate_replies(model, prompts, "auto", sampling)
     verdicts = [
-        judge(reply, r, data, first, gallery) for reply, r in zip(replies, requests, strict=True)
+        judge(reply, r, data, first_rows, gallery)
+        for reply, r in zip(replies, requests, strict=True)
     ]
-    listed = [
+    reply_rows = [
         {"lang": r.lang, "request": r.text, "wants": r.answer, "reply": reply_line(reply)}
         | {"kind": kind, "right": right}
         for r, reply, (kind, right) in zip(requests, replies, verdicts, strict=True)
     ]
-    kinds, rights = [kind for kind, _ in verdicts], [right for _, right in verdicts]
-    return {"n": len(requests), "kind": share(kinds), "right": share(rights), "replies": listed}
+    return {
+        "n": len(requests),
+        "kind": share([kind for kind, _ in verdicts]),
+        "right": share([right for _, right in verdicts]),
+        "replies": reply_rows,
+    }
 
 
-def _is_answerable(data: EmojiData, first: dict[str, Row], request: FreeRequest) -> bool:
+def _is_answerable(data: EmojiData, first_rows: dict[str, Row], request: FreeRequest) -> bool:
     """Whether the data has the images of a request, and a right answer."""
     if request.answer == "list":
         return any(row["subgroup"].startswith(request.expected) for row in data.rows)
-    known = [c in first for c in request.expected]
-    return all(c in first for c in request.images) and (any(known) or not request.expected)
+    has_answer = not request.expected or any(c in first_rows for c in request.expected)
+    return has_answer and all(concept in first_rows for concept in request.images)
 
 
 def judge(
-    reply: Any, request: FreeRequest, data: EmojiData, first: dict[str, Row], gallery: Gallery
+    reply: Any, request: FreeRequest, data: EmojiData, first_rows: dict[str, Row], gallery: Gallery
 ) -> tuple[bool, bool]:
-    """Whether a reply is of the right kind, and whether it also has the right thing. `first` has
-    the first training image of each thing, by concept."""
+    """Whether a reply is of the right kind, and whether it also has the right thing. `first_rows`
+    has the first training image of each thing, by concept."""
     answer, lang, text = request.answer, request.lang, normalise(reply.text)
     if answer == "draw":
-        kind = len(reply.images) > 0
-        return kind, kind and gallery.nearest(reply.images[0])["codepoints"] in request.expected
+        if not reply.images:
+            return False, False
+        return True, gallery.nearest(reply.images[0])["codepoints"] in request.expected
     if answer == "list":
         return _judge_list(reply, request, data)
     if reply.images:
@@ -103,10 +112,11 @@ def judge(
     if answer in ("yes", "no"):
         return text in _YES | _NO, text in (_YES if answer == "yes" else _NO)
     if answer == "which":
-        words = [normalise(word) for word in ORDINALS[lang]]
+        ordinals = [normalise(word) for word in ORDINALS[lang]]
         index = request.images.index(request.expected[0])
-        return text.removeprefix("the ") in words, text.removeprefix("the ") == words[index]
-    row = first[request.expected[0]]
+        ordinal = text.removeprefix("the ")
+        return ordinal in ordinals, ordinal == ordinals[index]
+    row = first_rows[request.expected[0]]
     if answer == "name":
         names = {normalise(name_of(r, lang)) for r in data.rows}
         return text in names, text == normalise(name_of(row, lang))
@@ -121,8 +131,8 @@ def _judge_list(reply: Any, request: FreeRequest, data: EmojiData) -> tuple[bool
     texts = [s.text for s in reply.segments if isinstance(s, Text)]
     items = [normalise(line.lstrip("0123456789. ")) for t in texts for line in t.splitlines()]
     items = [item for item in items if item]
-    kind = len(reply.images) >= 2 and len(items) >= 2
-    return kind, kind and set(items) <= names
+    is_list = len(reply.images) >= 2 and len(items) >= 2
+    return is_list, is_list and set(items) <= names
 
 
 def is_refusal(reply: Any) -> bool:
@@ -150,16 +160,16 @@ def refusals(
     and `named`, ids of training images) never. Half of the requests are in Korean.
     """
     things = unknown_things(data, HELD_OUT_THINGS)[:limit]
-    words = [pair[number % 2] for number, pair in enumerate(things)]
-    known = [name_of(data.row(i), _lang(n)) for n, i in enumerate(requested[:limit])]
+    unknown_names = [pair[number % 2] for number, pair in enumerate(things)]
+    known_names = [name_of(data.row(i), _lang(n)) for n, i in enumerate(requested[:limit])]
     unknown_images = [
-        image_of(data, i) for i in unknown_image_ids(data, min(limit, 20), NOT_TRAINED)
+        image_of(data, i) for i in unknown_image_ids(data, min(limit, 20), HELD_OUT_SEED)
     ]
     known_images = data.images(named[:limit])
     prompts_by_kind: dict[str, list[Any]] = {
-        "unknown words": [_request(name, _lang(n)) for n, name in enumerate(words)],
+        "unknown words": [_request(name, _lang(n)) for n, name in enumerate(unknown_names)],
         "unknown images": [[Image(p), _question(_lang(n))] for n, p in enumerate(unknown_images)],
-        "known words": [_request(name, _lang(n)) for n, name in enumerate(known)],
+        "known words": [_request(name, _lang(n)) for n, name in enumerate(known_names)],
         "known images": [[Image(p), _question(_lang(n))] for n, p in enumerate(known_images)],
     }
     report = {}
@@ -173,6 +183,7 @@ def refusals(
 
 
 def _lang(number: int) -> str:
+    """The language of request `number`: half of them are in Korean."""
     return ("en", "ko")[number % 2]
 
 
@@ -188,7 +199,7 @@ def _question(lang: str) -> str:
 def scene_answers(model: Model, data: EmojiData, limit: int) -> Numbers:
     """Questions about scenes that training did not have: {n, exact}. Half are in Korean."""
     rng, prompts, expected = random.Random(0), list[Any](), list[str]()
-    for number, scene in enumerate(scenes(data, limit, NOT_TRAINED)):
+    for number, scene in enumerate(scenes(data, limit, HELD_OUT_SEED)):
         question, answer = scene_questions(data, scene, _lang(number), rng)[0]
         prompts.append([Image(image_of(data, scene.id)), question])
         expected.append(normalise(answer))

@@ -65,10 +65,10 @@ class Gallery:
         rng, by_concept = random.Random(0), dict[str, list[int]]()
         for number, concept in enumerate(self.concepts.tolist()):
             by_concept.setdefault(concept, []).append(number)
-        with_several = [numbers for numbers in by_concept.values() if len(numbers) > 1]
-        if not with_several:
+        groups = [numbers for numbers in by_concept.values() if len(numbers) > 1]
+        if not groups:
             return 1.0
-        pairs = [rng.sample(rng.choice(with_several), 2) for _ in range(_PAIRS)]
+        pairs = [rng.sample(rng.choice(groups), 2) for _ in range(_PAIRS)]
         distances = [
             float(((self.rows[a] - self.rows[b]) ** 2).sum())
             for a, b in pairs
@@ -90,8 +90,8 @@ def features(image: PIL.Image.Image) -> tuple[Features, Features]:
     small = resized(image.convert("RGB"), (64, 64))
     blurred = small.filter(ImageFilter.GaussianBlur(2)).resize((16, 16), PIL.Image.Resampling.BOX)
     grey = np.asarray(small.convert("L"), np.float32) / 255
-    down, right = np.gradient(grey)
-    edges = np.hypot(down, right).reshape(16, 4, 16, 4).mean((1, 3))
+    vertical, horizontal = np.gradient(grey)
+    edges = np.hypot(vertical, horizontal).reshape(16, 4, 16, 4).mean((1, 3))
     colours = np.asarray(blurred, np.float32).ravel() / np.float32(255)
     return colours, edges.astype(np.float32).ravel()
 
@@ -106,15 +106,15 @@ def resized(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
 def count_different(gallery: Gallery, images: Sequence[PIL.Image.Image]) -> int:
     """How many of the images differ from each other: in order, those whose distance to all images
     that count already is over half of `between_styles`."""
-    threshold, different = gallery.between_styles() / 2, list[Features]()
-    for features_ in map(gallery.embed, images):
-        if all(float(((features_ - other) ** 2).sum()) > threshold for other in different):
-            different.append(features_)
-    return len(different)
+    threshold, counted = gallery.between_styles() / 2, list[Features]()
+    for embedding in map(gallery.embed, images):
+        if all(float(((embedding - other) ** 2).sum()) > threshold for other in counted):
+            counted.append(embedding)
+    return len(counted)
 
 
 def frechet(
-    gallery: Gallery, one: Sequence[PIL.Image.Image], other: Sequence[PIL.Image.Image]
+    gallery: Gallery, images_a: Sequence[PIL.Image.Image], images_b: Sequence[PIL.Image.Image]
 ) -> float:
     """The Frechet distance of two sets of images, as FID but in other features.
 
@@ -123,14 +123,20 @@ def frechet(
     equal numbers.
     """
     centre = gallery.rows.mean(0)
-    _, sizes, axes = np.linalg.svd(gallery.rows - centre, full_matrices=False)
-    unit = sizes[0] / len(gallery.rows) ** 0.5
+    _, singular_values, axes = np.linalg.svd(gallery.rows - centre, full_matrices=False)
+    unit = singular_values[0] / len(gallery.rows) ** 0.5
     axes = axes[:COMPONENTS] / (unit or 1.0)
-    sets = [(np.stack([gallery.embed(p) for p in s]) - centre) @ axes.T for s in (one, other)]
-    (mean_a, a), (mean_b, b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in sets)
-    root = _root(a)
-    cross = np.trace(_root(root @ b @ root))
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross)
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (components.mean(0), np.cov(components, rowvar=False))
+        for components in (
+            (np.stack([gallery.embed(image) for image in images]) - centre) @ axes.T
+            for images in (images_a, images_b)
+        )
+    )
+    # |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), with a symmetric product.
+    root_a = _root(cov_a)
+    cross = np.trace(_root(root_a @ cov_b @ root_a))
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 def _root(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
