@@ -52,7 +52,7 @@ class Client(asyncio.Protocol):
     def __init__(self, port: int) -> None:
         self._port = port
         self._transport: asyncio.Transport | None = None
-        self._response, self._began, self._head = Response(), 0.0, b""
+        self._response, self._start, self._head = Response(), 0.0, b""
         self._done: asyncio.Future[None] | None = None
 
     async def post(
@@ -77,7 +77,7 @@ class Client(asyncio.Protocol):
         if self._transport is None:
             await loop.create_connection(lambda: self, "127.0.0.1", self._port)
         assert self._transport is not None
-        self._response, self._head, self._began = Response(), b"", perf_counter()
+        self._response, self._head, self._start = Response(), b"", perf_counter()
         self._done = loop.create_future()
         self._transport.write(message)
         try:
@@ -85,7 +85,7 @@ class Client(asyncio.Protocol):
                 await self._done
         except TimeoutError:
             self.close()
-        self._response.seconds = perf_counter() - self._began
+        self._response.seconds = perf_counter() - self._start
         return self._response
 
     def close(self) -> None:
@@ -109,15 +109,15 @@ class Client(asyncio.Protocol):
             head, end, data = self._head.partition(b"\r\n\r\n")
             if not end:
                 return
-            self._read(head.lower())
+            self._read_head(head.lower())
         response.received += len(data)
         response.tail = (response.tail + data)[-_TAIL_BYTES:]
         if response.first_output is None and _FIRST_OUTPUT.search(data):
-            response.first_output = perf_counter() - self._began
+            response.first_output = perf_counter() - self._start
         if response.complete and self._done is not None and not self._done.done():
             self._done.set_result(None)
 
-    def _read(self, head: bytes) -> None:
+    def _read_head(self, head: bytes) -> None:
         self._response.status = int(head[9:12])
         fields = dict(re.findall(rb"([a-z-]+): (\d+)", head))
         if b"content-length" in fields:
@@ -129,7 +129,7 @@ class Client(asyncio.Protocol):
 
 
 @dataclass(frozen=True)
-class Kind:
+class RequestKind:
     """One kind of request: its route, its body, the expected status, and whether the client
     disconnects early."""
 
@@ -140,19 +140,20 @@ class Kind:
 
 
 @dataclass
-class Mixed:
-    """The results of a mixed load: the requests sent of each kind, the unexpected responses, and
-    samples of each process's memory in bytes, in order."""
+class MixedLoad:
+    """The results of a mixed load: the number of requests sent of each kind, the unexpected
+    responses, and samples of each process's memory in bytes, in order."""
 
     sent: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     bytes: dict[int, list[int]] = field(default_factory=dict)
 
     def growth(self, process: int, warm: int) -> float:
-        """The growth of a process's memory since the first `warm` samples, as a share."""
+        """The growth of a process's memory as a share: the median of the last fifth of its samples
+        over that of the first, without the first `warm` ones."""
         samples = self.bytes[process][warm:]
-        part = max(len(samples) // 5, 1)
-        return median(samples[-part:]) / median(samples[:part]) - 1
+        fifth = max(len(samples) // 5, 1)
+        return median(samples[-fifth:]) / median(samples[:fifth]) - 1
 
 
 _SCHEMA = {
@@ -163,27 +164,27 @@ _SCHEMA = {
 }
 
 
-def kinds(image_url: str) -> dict[str, Kind]:
-    """The requests of a mixed load; `image_url` is a data URL."""
+def request_kinds(image_url: str) -> dict[str, RequestKind]:
+    """The kinds of requests of a mixed load by name; `image_url` is a data URL."""
     chat, image = "/v1/chat/completions", {"type": "image_url", "image_url": {"url": image_url}}
     question = [image, {"type": "text", "text": "What is this?"}]
     form = {"type": "json_schema", "json_schema": {"name": "fruit", "schema": _SCHEMA}}
     as_image = {"modalities": ["image"], "stream": True}
     return {
-        "text": Kind(chat, _chat_body("Name a fruit.", modalities=["text"], stream=True)),
-        "whole text": Kind(chat, _chat_body("Name a fruit.", modalities=["text"], n=2)),
-        "image": Kind(chat, _chat_body("Draw a red apple.", **as_image)),
-        "image route": Kind("/v1/images/generations", {"prompt": "Draw a cat."}),
-        "response": Kind("/v1/responses", {"input": "Name a fruit.", "store": False}),
-        "question": Kind(chat, _chat_body(question, modalities=["text"])),
-        "structured": Kind(
+        "text": RequestKind(chat, _chat_body("Name a fruit.", modalities=["text"], stream=True)),
+        "whole text": RequestKind(chat, _chat_body("Name a fruit.", modalities=["text"], n=2)),
+        "image": RequestKind(chat, _chat_body("Draw a red apple.", **as_image)),
+        "image route": RequestKind("/v1/images/generations", {"prompt": "Draw a cat."}),
+        "response": RequestKind("/v1/responses", {"input": "Name a fruit.", "store": False}),
+        "question": RequestKind(chat, _chat_body(question, modalities=["text"])),
+        "structured": RequestKind(
             chat, _chat_body("Name a fruit.", response_format=form, modalities=["text"])
         ),
-        "leaves": Kind(chat, _chat_body("Draw a cat.", **as_image), disconnects=True),
-        "unknown field": Kind(chat, _chat_body("Hi", temprature=1), 400),
-        "long prompt": Kind(chat, _chat_body("a " * 3000), 400),
-        "no JSON": Kind(chat, b"{", 400),
-        "no image": Kind("/v1/images/generations", {"prompt": "a", "size": "7x7"}, 400),
+        "leaves": RequestKind(chat, _chat_body("Draw a cat.", **as_image), disconnects=True),
+        "unknown field": RequestKind(chat, _chat_body("Hi", temprature=1), 400),
+        "long prompt": RequestKind(chat, _chat_body("a " * 3000), 400),
+        "no JSON": RequestKind(chat, b"{", 400),
+        "no image": RequestKind("/v1/images/generations", {"prompt": "a", "size": "7x7"}, 400),
     }
 
 
@@ -198,44 +199,48 @@ async def mixed_load(
     image_url: str,
     processes: list[int],
     pause: float = 1.0,
-) -> Mixed:
-    """Send all kinds of requests at once for `seconds`; sample memory every `pause` seconds."""
-    mixed, end = Mixed(bytes={process: [] for process in processes}), perf_counter() + seconds
-    known = kinds(image_url)
+) -> MixedLoad:
+    """Send all kinds of requests at once for `seconds`; sample memory every `pause`
+    seconds."""
+    result, end = MixedLoad(bytes={process: [] for process in processes}), perf_counter() + seconds
+    kinds = request_kinds(image_url)
 
-    async def watch() -> None:
+    async def sample_memory() -> None:
         while perf_counter() < end:
-            for process, samples in mixed.bytes.items():
+            for process, samples in result.bytes.items():
                 samples.append(resident(process))
             await asyncio.sleep(pause)
 
     async def client_loop(number: int) -> None:
         client, rng = Client(port), Random(number)
         while perf_counter() < end:
-            name = rng.choice([*known])
-            await _ask(client, name, known[name], rng, mixed)
+            name = rng.choice([*kinds])
+            await _send(client, name, kinds[name], rng, result)
         client.close()
 
-    await asyncio.gather(watch(), *(client_loop(number) for number in range(clients)))
-    return mixed
+    await asyncio.gather(sample_memory(), *(client_loop(number) for number in range(clients)))
+    return result
 
 
-async def _ask(client: Client, name: str, kind: Kind, rng: Random, mixed: Mixed) -> None:
+async def _send(
+    client: Client, name: str, kind: RequestKind, rng: Random, result: MixedLoad
+) -> None:
+    """Send a request of a kind, and note an unexpected response in `result`."""
     body = kind.body
     if isinstance(body, dict) and kind.status == 200:
         body = body | {"seed": rng.randrange(2**31)}
-    mixed.sent[name] += 1
+    result.sent[name] += 1
     try:
         response = await client.post(
             kind.path, body, rng.random() / 3 if kind.disconnects else None
         )
     except ConnectionError as error:
-        mixed.errors.append(f"{name}: {error}")
+        result.errors.append(f"{name}: {error}")
         return
     if kind.disconnects and not response.complete:
         return
     if response.status != kind.status or b'data: {"error"' in response.tail:
-        mixed.errors.append(f"{name}: status {response.status}, {response.tail[-300:]!r}")
+        result.errors.append(f"{name}: status {response.status}, {response.tail[-300:]!r}")
 
 
 def resident(process: int) -> int:

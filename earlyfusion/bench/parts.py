@@ -26,8 +26,8 @@ Status = Literal["done", "failed", "stopped", "skipped"]
 Measure = Callable[[Any], Iterable[Row]]
 """From the settings of a run to the rows of a part, as they are measured."""
 
-_LEAST_SECONDS = 5.0
-_LONGEST_ERROR = 6000  # characters
+_MIN_SECONDS = 5.0  # with less time left, a part is skipped
+_MAX_ERROR_LENGTH = 6000  # characters
 _DUMP_BEFORE = 2.0  # a part still running this many seconds before its limit prints its stack
 
 
@@ -78,10 +78,10 @@ def run_parts(
     for number, part in enumerate(parts):
         outcome = Outcome(part.name)
         outcomes.append(outcome)
-        left = end - time.monotonic()
-        needed = sum(later.seconds for later in parts[number + 1 :])
-        seconds = min(left, max(part.seconds, left - needed))
-        if seconds < min(_LEAST_SECONDS, part.seconds / 2):
+        remaining = end - time.monotonic()
+        reserved = sum(later.seconds for later in parts[number + 1 :])
+        seconds = min(remaining, max(part.seconds, remaining - reserved))
+        if seconds < min(_MIN_SECONDS, part.seconds / 2):
             outcome.status, outcome.error = "skipped", "there was no time left"
         else:
             for _ in _run(part, settings, seconds, method, log, outcome):
@@ -97,24 +97,24 @@ def _run(
     """Run one part; yields after each of its rows."""
     context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
-    since = time.monotonic()
+    start = time.monotonic()
     process = context.Process(target=_measure, args=(part, settings, seconds, log, sender))
     process.start()
     sender.close()
-    ended = False
+    has_status = False
     try:
-        for message in _messages(receiver, since + seconds):
+        for message in _messages(receiver, start + seconds):
             if isinstance(message, Row):
                 outcome.rows.append(message)
                 yield
             else:
                 outcome.status, outcome.error = message
-                ended = True
+                has_status = True
     finally:
-        timed_out = process.is_alive() and time.monotonic() >= since + seconds
+        timed_out = process.is_alive() and time.monotonic() >= start + seconds
         _kill(process)
-        outcome.seconds = round(time.monotonic() - since, 1)
-    if not ended:
+        outcome.seconds = round(time.monotonic() - start, 1)
+    if not has_status:
         reason = (
             f"it took more than {seconds:.0f} s" if timed_out else _exit_reason(process.exitcode)
         )
@@ -124,8 +124,8 @@ def _run(
 
 def _messages(receiver: Connection, end: float) -> Iterator[Any]:
     """The messages of a part, until it ends or its time is over."""
-    while (left := end - time.monotonic()) > 0:
-        if receiver.poll(min(left, 0.5)):
+    while (remaining := end - time.monotonic()) > 0:
+        if receiver.poll(min(remaining, 0.5)):
             try:
                 yield receiver.recv()
             except EOFError:
@@ -152,7 +152,7 @@ def _measure(part: Part, settings: Any, seconds: float, log: Path, sender: Conne
     except BaseException:
         text = traceback.format_exc()
         print(text, flush=True)
-        status = "failed", text[-_LONGEST_ERROR:]
+        status = "failed", text[-_MAX_ERROR_LENGTH:]
     sender.send(status)
     sender.close()
     sys.stdout.flush()
@@ -176,7 +176,7 @@ def _exit_reason(exitcode: int | None) -> str:
 
 
 def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")[-_LONGEST_ERROR:]
+    return log.read_text(encoding="utf-8", errors="replace")[-_MAX_ERROR_LENGTH:]
 
 
 def line_of(outcome: Outcome) -> str:
@@ -203,8 +203,9 @@ def merged_rows(outcomes: Iterable[Outcome]) -> list[Row]:
     return list(rows.values())
 
 
-def as_json(outcomes: Iterable[Outcome], **more: Any) -> str:
-    return json.dumps(more | {"parts": [asdict(outcome) for outcome in outcomes]}, indent=1)
+def as_json(outcomes: Iterable[Outcome], **fields: Any) -> str:
+    """All outcomes with their rows, after further fields of the caller."""
+    return json.dumps(fields | {"parts": [asdict(outcome) for outcome in outcomes]}, indent=1)
 
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:

@@ -26,12 +26,12 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def _config(
-    preset: str, width: int, inner: int, layers: int, heads: int, vocab_size: int
+    preset: str, width: int, inner_width: int, layers: int, heads: int, vocab_size: int
 ) -> ModelConfig:
     return replace(
         PRESETS[preset],
         hidden_size=width,
-        intermediate_size=inner,
+        intermediate_size=inner_width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -101,9 +101,9 @@ def random_vqgan(config: VQConfig, device: torch.device) -> VQGAN:
     pixels = random_images(1, config.resolution, seed=1).to(device)
     # Random codewords would be so far from the latents that a few were nearest to all of them.
     vectors = vqgan.latents(pixels).permute(0, 2, 3, 1).flatten(0, 2)
-    pick = torch.randint(len(vectors), (config.num_embeddings,)).to(device)
-    noise = torch.randn(len(pick), config.embed_dim).to(device)
-    vqgan.codewords.copy_(vectors[pick] + noise * vectors.std() / 4)
+    chosen = torch.randint(len(vectors), (config.num_embeddings,)).to(device)
+    noise = torch.randn(len(chosen), config.embed_dim).to(device)
+    vqgan.codewords.copy_(vectors[chosen] + noise * vectors.std() / 4)
     return vqgan
 
 
@@ -111,16 +111,18 @@ def random_images(count: int, side: int, seed: int = 0) -> torch.Tensor:
     """Images [n, 3, side, side] in -1 to 1: soft colours behind rectangles of one colour."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.fftfreq(side), indexing="ij")
-    # The spectrum of photographs falls with frequency.
-    falling = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
+    # The amplitudes of photographs fall with frequency.
+    amplitude = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
     noise = torch.randn(count, 3, side, side, generator=generator)
-    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * falling).real
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * amplitude).real
     smooth = smooth / smooth.std((2, 3), keepdim=True) / 2
     for image in smooth:
         for _ in range(6):
-            top, left, high, wide = (torch.rand(4, generator=generator) * side / 2).int().tolist()
+            top, left, height, width = (
+                (torch.rand(4, generator=generator) * side / 2).int().tolist()
+            )
             colour = torch.rand(3, 1, 1, generator=generator) * 2 - 1
-            image[:, top : top + high + 1, left : left + wide + 1] = colour
+            image[:, top : top + height + 1, left : left + width + 1] = colour
     return smooth.clamp(-1, 1)
 
 
@@ -130,6 +132,7 @@ def _defaults() -> dict[str, dict[str, float]]:
 
 
 def _tokenizer(config: ModelConfig) -> str:
+    """A tokenizer.json for made-up words, which fill the vocabulary."""
     rng = random.Random(0)
     words = ("".join(rng.choices(_LETTERS, k=rng.randint(3, 9))) for _ in range(10**9))
     text = " ".join(next(words) for _ in range(config.vocab_size // 2))

@@ -44,9 +44,10 @@ from earlyfusion.model.quantise import PackedLinear
 from earlyfusion.train.monitor import matmul_peak
 
 SHORT, LONG = 32, 1000
+"""Tokens of a short and of a long context."""
 TOKENS = 24
-"""Tokens decoded to time one."""
-MOST_CODES = 64
+"""Tokens that are decoded to measure the time of one."""
+MAX_CODES = 64
 """Image tokens that are generated; the time of a larger image is extrapolated."""
 
 GREEDY = {"temperature": 0.0, "image_temperature": 0.0}
@@ -56,7 +57,7 @@ GUIDED = {"guidance_text": 3.0, "guidance_image": 1.2}
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; `of_limit` is the share of the machine's limit."""
+    """One line of the table; `of_limit` is the value as a share of the machine's limit."""
 
     name: str
     what: str
@@ -101,7 +102,7 @@ def bench(
 ) -> Report:
     """Measure a model by name or folder (default: "mini"), or random weights of a `shape`.
     `imports` are the seconds that importing this module took, a part of the cold start. `announce`
-    is called before each part. Raises `SettingError` and `CheckpointError`."""
+    is called with a sentence before each part. Raises `SettingError` and `CheckpointError`."""
     if name is not None and shape is not None:
         raise SettingError(f"model {name!r} and shape {shape!r} are both given: choose one of them")
     if rounds < 1:
@@ -134,26 +135,27 @@ def _cold_start(
     source: str, device: str, dtype: str, imports: float
 ) -> tuple[Chameleon, list[Figure]]:
     """Load the model and generate one token: time and memory of a cold start."""
-    before, since = resident_bytes(), time.perf_counter()
+    memory_before, start = resident_bytes(), time.perf_counter()
     model = Chameleon.load(source, device=device, dtype=dtype)
-    loaded = time.perf_counter() - since
-    since = time.perf_counter()
+    load_seconds = time.perf_counter() - start
+    start = time.perf_counter()
     handle = model.engine.add(model.request("Hello", "text", seed=0))
     while not handle.tokens:
         model.engine.step()
-    first = time.perf_counter() - since
+    first = time.perf_counter() - start
     handle.cancel()
     figures = [
         Figure("imports", "importing torch and the package", imports, "s"),
-        Figure("load", "loading the model", loaded, "s"),
+        Figure("load", "loading the model", load_seconds, "s"),
         Figure("engine_first_token", "first token of a fresh engine", first, "s"),
-        Figure("cold_start", "cold start to the first token", imports + loaded + first, "s"),
+        Figure("cold_start", "cold start to the first token", imports + load_seconds + first, "s"),
     ]
-    figures += _memory(before, model.transformer.lm_head.weight.device)
+    figures += _memory(memory_before, model.transformer.lm_head.weight.device)
     return model, figures + _cache(model)
 
 
 def _cache(model: Chameleon) -> list[Figure]:
+    """The size of the engine's cache."""
     size, context = model.engine.cache_size, model.engine.context_tokens
     full_requests = size.requests(context)
     return [
@@ -164,16 +166,17 @@ def _cache(model: Chameleon) -> list[Figure]:
     ]
 
 
-def _memory(before: int | None, device: torch.device) -> list[Figure]:
+def _memory(bytes_before: int | None, device: torch.device) -> list[Figure]:
+    """The memory of the process, and how much of it came since there were `bytes_before`."""
     gc.collect()
-    now, figures = resident_bytes(), []
-    if before is not None and now is not None:
-        grown = (now - before) / 1e6
-        figures.append(Figure("idle_memory", "memory of the idle process", now / 1e6, "MB"))
-        figures.append(Figure("model_memory", "of it, model and engine", grown, "MB"))
+    bytes_now, figures = resident_bytes(), []
+    if bytes_before is not None and bytes_now is not None:
+        growth = (bytes_now - bytes_before) / 1e6
+        figures.append(Figure("idle_memory", "memory of the idle process", bytes_now / 1e6, "MB"))
+        figures.append(Figure("model_memory", "of it, model and engine", growth, "MB"))
     if device.type == "cuda":
-        used = torch.cuda.memory_allocated(device) / 1e6
-        figures.append(Figure("gpu_memory", "memory of the GPU, idle", used, "MB"))
+        gpu_memory = torch.cuda.memory_allocated(device) / 1e6
+        figures.append(Figure("gpu_memory", "memory of the GPU, idle", gpu_memory, "MB"))
     return figures
 
 
@@ -208,15 +211,15 @@ class Meter:
 
     def images(self) -> list[Figure]:
         """First token of a question about a new and a known image; generating an image."""
-        cold, warm = [], []
-        for number in range(self.rounds + 1):
+        new_seconds, known_seconds = [], []
+        for number in range(self.rounds + 1):  # the first round is a warm-up
             image = self.random_image()
-            cold.append(self._first_token([image, "What is this?"], number))
-            warm.append(self._first_token([image, "What colour is it?"], number))
-        new, known = 1e3 * median(cold[1:]), 1e3 * median(warm[1:])
+            new_seconds.append(self._first_token([image, "What is this?"], number))
+            known_seconds.append(self._first_token([image, "What colour is it?"], number))
+        new_ms, known_ms = 1e3 * median(new_seconds[1:]), 1e3 * median(known_seconds[1:])
         figures = [
-            Figure("picture_new", "first token, new image", new, "ms"),
-            Figure("picture_known", "first token, known image", known, "ms"),
+            Figure("picture_new", "first token, new image", new_ms, "ms"),
+            Figure("picture_known", "first token, known image", known_ms, "ms"),
         ]
         if not self.model.can_draw:
             return figures
@@ -224,12 +227,12 @@ class Meter:
 
     def _image_figures(self) -> list[Figure]:
         """One and two guidance branches after a text, one and three after an image."""
-        again: list[Any] = [self.random_image(), "Draw it again."]
+        after_image: list[Any] = [self.random_image(), "Draw it again."]
         cases: list[tuple[str, str, Any, dict[str, float]]] = [
             ("plain", "image, unguided", "Draw a red apple.", PLAIN),
             ("guided", "image, guided", "Draw a red apple.", GUIDED),
-            ("again", "image after image, unguided", again, PLAIN),
-            ("again_guided", "image after image, guided", again, GUIDED),
+            ("again", "image after image, unguided", after_image, PLAIN),
+            ("again_guided", "image after image, guided", after_image, GUIDED),
         ]
         contenders = {
             name: partial(self.image_times, prompt, settings, count())
@@ -238,11 +241,15 @@ class Meter:
         times = take_turns(contenders, self.rounds)
         image_ms = medians({name: [t for t, _ in pairs] for name, pairs in times.items()}, 1e3)
         step = medians({name: [t for _, t in pairs] for name, pairs in times.items()})
-        two, three = step["guided"] / step["plain"], step["again_guided"] / step["again"]
+        two_branches = step["guided"] / step["plain"]
+        three_branches = step["again_guided"] / step["again"]
         return [
-            *(Figure(f"draw_{n}", f"codes of an {how}", image_ms[n], "ms") for n, how, *_ in cases),
-            Figure("step_2_branches", "step of 2 branches over 1", two, "times"),
-            Figure("step_3_branches", "step of 3 branches over 1", three, "times"),
+            *(
+                Figure(f"draw_{n}", f"codes of an {what}", image_ms[n], "ms")
+                for n, what, *_ in cases
+            ),
+            Figure("step_2_branches", "step of 2 branches over 1", two_branches, "times"),
+            Figure("step_3_branches", "step of 3 branches over 1", three_branches, "times"),
         ]
 
     def tokenizer(self) -> list[Figure]:
@@ -259,25 +266,26 @@ class Meter:
     def mixed(self) -> list[Figure]:
         """The throughput of eight requests, texts and images, one by one and together; and the
         compilations while these run."""
-        alone, together = [], []
-        self._run_all(self._mixed_requests())
-        with Compilations() as counted:
+        rates_alone, rates_together = [], []
+        self._run_all(self._mixed_requests())  # warm-up
+        with Compilations() as compilations:
             for _ in range(self.rounds):
                 times, tokens = zip(
-                    *(self._run_all([one]) for one in self._mixed_requests()), strict=True
+                    *(self._run_all([request]) for request in self._mixed_requests()), strict=True
                 )
-                alone.append(sum(tokens) / sum(times))
-                duration, number = self._run_all(self._mixed_requests())
-                together.append(number / duration)
-        slow, fast = median(alone), median(together)
+                rates_alone.append(sum(tokens) / sum(times))
+                duration, num_tokens = self._run_all(self._mixed_requests())
+                rates_together.append(num_tokens / duration)
+        alone, together = median(rates_alone), median(rates_together)
         return [
-            Figure("alone", "8 mixed requests one by one", slow, "tokens/s"),
-            Figure("together", "8 mixed requests together", fast, "tokens/s"),
-            Figure("together_ratio", "together over one by one", fast / slow, "times"),
-            Figure("compilations", "compilations after warm-up", counted.number, ""),
+            Figure("alone", "8 mixed requests one by one", alone, "tokens/s"),
+            Figure("together", "8 mixed requests together", together, "tokens/s"),
+            Figure("together_ratio", "together over one by one", together / alone, "times"),
+            Figure("compilations", "compilations after warm-up", compilations.number, ""),
         ]
 
     def limits(self) -> list[Figure]:
+        """The limits of the machine that figures are compared with."""
         weights = self.token_bytes(0) / 1e6
         dtype = _dtype_name(self.model.transformer.lm_head.weight)
         return [
@@ -295,6 +303,7 @@ class Meter:
 
     @cached_property
     def peak(self) -> float:
+        """Operations per second of a product of square matrices, in the model's dtype."""
         return matmul_peak(self.device, self.model.transformer.lm_head.weight.dtype)
 
     def token_bytes(self, context: int, image: bool = False) -> float:
@@ -319,16 +328,16 @@ class Meter:
 
     def reply(self, context: int) -> tuple[float, float]:
         """Seconds to the first token of a new prompt, and of each token after it."""
-        firsts, rest, number = [], 0.0, 0
-        for _ in range(8):  # a reply may end at any time
+        first_seconds, later_seconds, later_tokens = [], 0.0, 0
+        for _ in range(8):  # a reply may end before it has `TOKENS` tokens
             handle = self.engine.add(self._request(context, TOKENS, GREEDY))
-            firsts.append(seconds(partial(self._run_until, handle, 1), self.device))
-            rest += seconds(partial(self._run_until, handle, TOKENS), self.device)
-            number += len(handle.tokens) - 1
+            first_seconds.append(seconds(partial(self._run_until, handle, 1), self.device))
+            later_seconds += seconds(partial(self._run_until, handle, TOKENS), self.device)
+            later_tokens += len(handle.tokens) - 1
             handle.cancel()
-            if number >= TOKENS - 1:
+            if later_tokens >= TOKENS - 1:
                 break
-        return median(firsts), rest / max(number, 1)
+        return median(first_seconds), later_seconds / max(later_tokens, 1)
 
     def batch_throughput(self, number: int, context: int) -> tuple[float, float]:
         """Tokens per second of `number` texts at about this context, and their mean context."""
@@ -340,14 +349,16 @@ class Meter:
         ]
         while not all(handle.tokens or handle.finished for handle in handles):
             self.engine.step()
-        left = [handle for handle in handles if not handle.finished]
-        before = sum(len(handle.tokens) for handle in left)
-        took = seconds(partial(self._run_until, left[-1], TOKENS), self.device) if left else 1.0
-        generated = sum(len(handle.tokens) for handle in left) - before
+        running = [handle for handle in handles if not handle.finished]
+        tokens_before = sum(len(handle.tokens) for handle in running)
+        duration = 1.0
+        if running:
+            duration = seconds(partial(self._run_until, running[-1], TOKENS), self.device)
+        generated = sum(len(handle.tokens) for handle in running) - tokens_before
         for handle in handles:
             handle.cancel()
-        mean_context = context + (before + generated / 2) / max(len(left), 1)
-        return generated / took, mean_context
+        mean_context = context + (tokens_before + generated / 2) / max(len(running), 1)
+        return generated / duration, mean_context
 
     def _first_token(self, prompt: Any, seed: int) -> float:
         """Seconds to the first token of a reply, with the encoding of the prompt's images."""
@@ -362,33 +373,33 @@ class Meter:
     def image_times(
         self, prompt: Any, settings: dict[str, float], seeds: Iterator[int]
     ) -> tuple[float, float]:
-        """Seconds from the prompt to the last code of an image, extrapolated from MOST_CODES codes;
-        and seconds per step."""
+        """Seconds from the prompt to the last code of an image, extrapolated from `MAX_CODES`
+        codes; and seconds per step."""
         sampling = SamplingParams(**settings)  # type: ignore[arg-type]
         request = self.model.request(prompt, "image", sampling, next(seeds))
         handle, total = self.engine.add(request), self.layout.num_tokens
-        first = seconds(partial(self._run_until, handle, 3), self.device)
-        before = len(handle.tokens)
-        until = partial(self._run_until, handle, min(total, before + MOST_CODES))
-        rest = seconds(until, self.device)
-        step = rest / max(len(handle.tokens) - before, 1)
+        # The first tokens, with the prefill, are timed apart from the steps that repeat.
+        first_seconds = seconds(partial(self._run_until, handle, 3), self.device)
+        num_first = len(handle.tokens)
+        run_on = partial(self._run_until, handle, min(total, num_first + MAX_CODES))
+        step_seconds = seconds(run_on, self.device) / max(len(handle.tokens) - num_first, 1)
         handle.cancel()
-        return first + step * (total - before), step
+        return first_seconds + step_seconds * (total - num_first), step_seconds
 
     def _mixed_requests(self) -> Iterator[Request]:
         for number in range(8):
             settings: dict[str, float] = {} if number % 2 else (PLAIN | GREEDY)
-            image = number < 4 and self.model.can_draw
-            yield self._request(
-                SHORT + 24 * (number % 4), MOST_CODES, settings, "image" if image else "text"
-            )
+            output: Output = "image" if number < 4 and self.model.can_draw else "text"
+            yield self._request(SHORT + 24 * (number % 4), MAX_CODES, settings, output)
 
     def _request(
         self, context: int, tokens: int, settings: dict[str, float], output: Output = "text"
     ) -> Request:
-        vocabulary, most = self.model.processor.vocabulary, self.config.max_position_embeddings
+        """A request for up to `tokens` tokens of text, or for one image, after a random prompt of
+        `context` tokens (fewer if the model's context is too short)."""
+        vocabulary = self.model.processor.vocabulary
         max_tokens = self.layout.num_tokens if output == "image" else tokens
-        context = max(min(context, most - max_tokens), 2)
+        context = max(min(context, self.config.max_position_embeddings - max_tokens), 2)
         ids = [vocabulary.bos, *self._rng.choices(vocabulary.text_tokens.tolist(), k=context - 1)]
         sampling = SamplingParams(seed=self._rng.randrange(2**31), **settings)  # type: ignore[arg-type]
         resolved = sampling.resolved(self.model.defaults | {"repetition_penalty": 1.0})
@@ -397,23 +408,24 @@ class Meter:
         )
 
     def _run_all(self, requests: Sequence[Request] | Iterator[Request]) -> tuple[float, int]:
-        """Run requests together until each has ended or has MOST_CODES tokens. Returns the seconds
+        """Run requests together until each has ended or has MAX_CODES tokens. Returns the seconds
         and the number of all tokens."""
         handles: list[Any] = []
 
         def run() -> None:
             handles.extend(self.engine.add(request) for request in requests)
-            left = list(handles)
-            while left:
+            running = list(handles)
+            while running:
                 self.engine.step()
-                for handle in left:
-                    if len(handle.tokens) >= MOST_CODES:
+                for handle in running:
+                    if len(handle.tokens) >= MAX_CODES:
                         handle.cancel()
-                left = [h for h in left if not h.finished and len(h.tokens) < MOST_CODES]
+                running = [h for h in running if not h.finished and len(h.tokens) < MAX_CODES]
 
         return seconds(run), sum(len(handle.tokens) for handle in handles)
 
     def _run_until(self, handle: Any, tokens: int) -> None:
+        """Step the engine until a request has this many tokens, or has ended."""
         while len(handle.tokens) < tokens and not handle.finished:
             self.engine.step()
 
@@ -432,27 +444,28 @@ class Compilations:
     torch, start programs (such as a compiler), load libraries."""
 
     _EVENTS = ("subprocess.Popen", "ctypes.dlopen")
-    _seen: ClassVar[Counter[str]] = Counter()
+    _counts: ClassVar[Counter[str]] = Counter()
+    _is_hooked: ClassVar[bool] = False
 
     def __enter__(self) -> Compilations:
-        if not self._seen:
-            self._seen["hooked"] += 1
-            sys.addaudithook(self._notice)  # cannot be removed again
-        self._before, self.number = self._total(), 0
+        if not Compilations._is_hooked:
+            Compilations._is_hooked = True
+            sys.addaudithook(self._count_event)  # once, as hooks cannot be removed
+        self._total_before, self.number = self._total(), 0
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.number = self._total() - self._before
+        self.number = self._total() - self._total_before
 
     @classmethod
-    def _notice(cls, event: str, _: object) -> None:
+    def _count_event(cls, event: str, _: object) -> None:
         if event in cls._EVENTS:
-            cls._seen[event] += 1
+            cls._counts[event] += 1
 
     def _total(self) -> int:
         dynamo = sys.modules.get("torch._dynamo.utils")
         graphs = 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
-        return int(graphs) + sum(self._seen[event] for event in self._EVENTS)
+        return int(graphs) + sum(self._counts[event] for event in self._EVENTS)
 
 
 def resident_bytes() -> int | None:
@@ -465,6 +478,7 @@ def resident_bytes() -> int | None:
 
 
 def _linear_bytes(transformer: nn.Module) -> Iterator[int]:
+    """The sizes of the matrices of the blocks, which each token reads."""
     for name, module in transformer.named_modules():
         if isinstance(module, PackedLinear):
             yield module.matrix.nbytes
@@ -477,7 +491,9 @@ def _use_threads(threads: int | None) -> None:
         return
     cores = os.cpu_count() or 1
     if not 1 <= threads <= cores:
-        raise SettingError(f"threads={threads} is not possible: this machine has {cores} cores")
+        raise SettingError(
+            f"threads={threads} is not possible on a machine of {cores} cores: give 1 to {cores}"
+        )
     torch.set_num_threads(threads)
 
 
