@@ -641,11 +641,11 @@ class _Train(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if {"-h", "--help"} & set(args) and not ctx.resilient_parsing:
-            from earlyfusion.recipes.run import RECIPES, described, summary
+            from earlyfusion.recipes.run import RECIPES, help_text, summary
 
             recipes = [arg for arg in args if not arg.startswith("-") and "=" not in arg]
             if recipes:
-                print(described(recipes[0]))
+                print(help_text(recipes[0]))
                 ctx.exit()
             listed = [f"{name}: {summary(name)}" for name in RECIPES]
             fields = "earlyfusion train RECIPE --help lists the fields of a recipe."

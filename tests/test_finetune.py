@@ -412,7 +412,10 @@ def test_what_the_recipe_refuses(model: Path, data: Path, tmp_path: Path) -> Non
     cases: list[tuple[list[str], Any]] = [
         ([f"model={model}", out], "data=PATH"),
         ([f"model={model}", out, f"data={data}", "lora=33"], "lora=33 is not a rank"),
-        ([f"model={model}", out, f"data={data}", "length=513"], "length=513 is past the context"),
+        (
+            [f"model={model}", out, f"data={data}", "length=513"],
+            "length=513 is longer than the context",
+        ),
         ([f"model={model}", out, "data=nowhere.jsonl"], "there is no nowhere.jsonl"),
         ([f"model={model}", out, f"data={words}", "trainable=image_head"], "no answer of the data"),
     ]

@@ -121,7 +121,7 @@ def test_the_best_weights_are_kept_and_the_run_ends_early(
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(kept[name], saved[name]) and not torch.equal(newest[name], saved[name])
     stderr = capsys.readouterr().err
-    assert f"kept: the weights of step {best}" in stderr and "the run ends, as" in stderr
+    assert f"the model has the weights of step {best}," in stderr and "the run ends, as" in stderr
     finetune(model, data, out, *spoiled)  # it has ended: nothing more is learnt
     assert len(read_metrics(out)) == len(rows)
 

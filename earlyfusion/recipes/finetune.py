@@ -137,8 +137,20 @@ def main(config: FinetuneConfig) -> None:
         if isinstance(stream, PrefetchedStream):
             stream.close()
     # From here on the first process works alone: no collective may follow.
-    if processes.rank():
-        return
+    if processes.rank() == 0:
+        _save_results(config, source, loaded, model, corpus)
+
+
+def _save_results(
+    config: FinetuneConfig,
+    source: Source,
+    loaded: LoadedModel,
+    model: Transformer,
+    corpus: Corpus,
+) -> None:
+    """Write `adapter/` and `model/`, with the weights of the lowest loss of held-out documents, or
+    the last ones if none are held out. `model` is the one that was trained."""
+    run = config.run
     for sentence in corpus.report():
         print(sentence, file=sys.stderr)
     checkpoints = best_folder(run.out) if config.held_out.is_on else run.out
@@ -148,7 +160,10 @@ def main(config: FinetuneConfig) -> None:
         tensors, state = checkpoint.load(checkpoints, only="model")
         checkpoint.load_model(model, tensors["model"], checkpoints)
         if LOSS in state:
-            say(f"kept: the weights of step {state['step']:,}, of {LOSS} {state[LOSS]:.4g}")
+            say(
+                f"the model has the weights of step {state['step']:,}, where {LOSS} was "
+                f"{state[LOSS]:.4g}"
+            )
     if config.lora:
         save_adapter(run.out / "adapter", lora.adapters(model), config.model)
         say(f"the adapter is in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
@@ -175,11 +190,14 @@ def _samples(
     processor = loaded.processor
     if not loaded.can_draw:
         return None
-    from_data = image_prompts(processor, corpus.stream, count=4) if not config.prompts else []
-    prompts = from_data or encoded_prompts(processor, config.prompts)
+    if config.prompts:
+        prompts = encoded_prompts(processor, config.prompts)
+    else:
+        prompts = image_prompts(processor, corpus.stream, count=4)
+    if not prompts:
+        return None
     defaults, seed = loaded.generation_defaults, config.run.seed
-    samples = PromptedImages(model, processor, image_tokenizer, prompts, defaults, seed)
-    return samples if prompts else None
+    return PromptedImages(model, processor, image_tokenizer, prompts, defaults, seed)
 
 
 def prepare_model(loaded: LoadedModel, config: FinetuneConfig) -> Transformer:
@@ -188,12 +206,12 @@ def prepare_model(loaded: LoadedModel, config: FinetuneConfig) -> Transformer:
     gives the same result in half of the memory."""
     torch.manual_seed(config.run.seed)  # the initial weights of adapters are random numbers
     model = loaded.transformer
-    keeps_bf16 = config.trains != "all" and config.run.precision == "bf16"
-    frozen = lora.block_linears(model) if keeps_bf16 else []
-    stay_bf16 = {id(x.weight) for x in frozen if x.weight.dtype == torch.bfloat16}
+    has_frozen_bf16 = config.trains != "all" and config.run.precision == "bf16"
+    frozen = [x.weight for x in lora.block_linears(model)] if has_frozen_bf16 else []
+    bf16_ids = {id(weight) for weight in frozen if weight.dtype == torch.bfloat16}
     for parameter in model.parameters():
         # AdamW in bf16 would lose updates smaller than a weight's last bit.
-        if id(parameter) not in stay_bf16:
+        if id(parameter) not in bf16_ids:
             parameter.data = parameter.data.float()
     for block in model.modules():
         if isinstance(block, Block):
@@ -232,10 +250,10 @@ def save_model(
 def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
     """The model card: what the model was tuned on, then the card of the model that it began with,
     from `folder`."""
-    run, trained = config.run, {"all": "all weights", "image_head": "the head's image rows"}
+    run, parts = config.run, {"all": "all weights", "image_head": "the head's image rows"}
     facts = {
         "began with": config.model,
-        "trained": trained.get(config.trains, f"adapters of rank {config.lora}, merged"),
+        "trained": parts.get(config.trains, f"adapters of rank {config.lora}, merged"),
         "data": ", ".join((*config.corpus.data, *config.corpus.added)),
         "rows of data": f"{sum(map(len, corpus.documents)):,}",
         "held out": str(config.held_out.validation or ", ".join(config.held_out.validation_data)),
@@ -244,10 +262,10 @@ def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
         "images of prompts": f"{corpus.resize_mode} (resize_mode)",
     }
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
-    yaml, first_card = _split_card(folder)
+    yaml, base_card = _split_card(folder)
     table = "\n".join(["# A fine-tuned model", "", "| | |", "| --- | --- |", *lines])
     title = "\n\n---\n\n*The card of the model that it began with:*\n\n"
-    return f"{yaml}{table}" + (f"{title}{first_card}" if first_card else "\n")
+    return f"{yaml}{table}" + (f"{title}{base_card}" if base_card else "\n")
 
 
 def _split_card(folder: Path) -> tuple[str, str]:
@@ -267,8 +285,8 @@ def _check_model(config: FinetuneConfig, source: Source) -> None:
         )
     if config.length > source.config.max_position_embeddings:
         raise SettingError(
-            f"length={config.length} is past the context of {config.model}, "
-            f"{source.config.max_position_embeddings} tokens: give that or less"
+            f"length={config.length} is longer than the context of {config.model}, "
+            f"{source.config.max_position_embeddings:,} tokens: give that or less"
         )
 
 

@@ -74,46 +74,50 @@ class SquaresConfig(ImageTokenizerConfig):
 def open_batches(
     config: SquaresConfig, quarantine: Quarantine, notes: Path
 ) -> tuple[ImageBatches, torch.Tensor]:
-    """The batches of the run, and the images that it is checked on, [B, 3, Y, X]."""
+    """The batches of the run, and the held-out images that it is checked on, float32 [B, 3, Y, X].
+    Raises `DataError` if the run began with other images."""
     data, side, cache = config.pictures, config.model.resolution, notes / "index"
     images = open_images(data.data, cache, data.rows)
+    train_numbers: np.ndarray | None = None  # all
     if data.held_out:
-        others, chosen = open_images(data.held_out, cache, data.rows), None
-        check = centre_crops(others, hold_out(others, data.checked, 1.0)[0], side, quarantine)
+        source = open_images(data.held_out, cache, data.rows)
+        held_out_numbers, _ = hold_out(source, data.checked, max_share=1.0)
     else:
-        numbers, chosen = hold_out(images, data.checked)
-        check = centre_crops(images, numbers, side, quarantine)
+        source = images
+        held_out_numbers, train_numbers = hold_out(images, data.checked)
+    held_out = centre_crops(source, held_out_numbers, side, quarantine)
 
     def crop(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
         return random_crop(image, side, config.crop, rng)
 
     # Each process makes its block of every batch; all know the same order of images.
-    share = processes.rank(), processes.count()
-    batches = ImageBatches(images, chosen, config.batch, crop, config.run.seed, quarantine, share)
-    # The number of processes is not part of it: a run may continue on another number of GPUs.
+    share, seed = (processes.rank(), processes.count()), config.run.seed
+    batches = ImageBatches(images, train_numbers, config.batch, crop, seed, quarantine, share)
     if processes.rank() == 0:
-        data_is = (images.fingerprint, config.batch, config.crop, data.checked, config.run.seed)
-        fingerprint = hashlib.sha256(repr(data_is).encode()).hexdigest()
+        # Without the number of processes: a run may continue on another number of GPUs.
+        identity = (images.fingerprint, config.batch, config.crop, data.checked, seed)
+        fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         check_same_data(
             config.run.out, fingerprint, "the images, or how they are cropped and batched, are"
         )
-    return batches, check
+    return batches, held_out
 
 
 def main(config: SquaresConfig) -> None:
+    """Train, then write `model/`, an image tokenizer in Meta's files."""
     run, notes = config.run, notes_folder(config.run.out)
     check_perceptual_files(config.loss)
     quarantine = Quarantine(notes / "quarantine.jsonl", config.pictures.max_broken)
     batches, held_out = open_batches(config, quarantine, notes)
     model = config.build()
     workers = config.workers
-    source = PrefetchedStream(batches, workers, depth=workers) if workers else batches
-    task = config.task(model, source)
+    stream = PrefetchedStream(batches, workers, depth=workers) if workers else batches
+    task = config.task(model, stream)
     try:
         train(task, run, config.optim, HeldOut(model, held_out))
     finally:
-        if isinstance(source, PrefetchedStream):
-            source.close()
+        if isinstance(stream, PrefetchedStream):
+            stream.close()
     if quarantine.broken:
         print(f"broken images: {quarantine.broken:,}, see {quarantine.path}", file=sys.stderr)
     if processes.rank() == 0:

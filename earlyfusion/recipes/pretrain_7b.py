@@ -66,6 +66,7 @@ class PretrainConfig(LanguageConfig):
 
 
 def main(config: PretrainConfig) -> None:
+    """Train, then write `model/`."""
     run = config.run
     source = detect.open_source(detect.locate(config.tokenizer))
     processor = Processor(source.tokenizer, source.layout)
@@ -76,14 +77,14 @@ def main(config: PretrainConfig) -> None:
         with_second_stage(config), processor, image_tokenizer, length, config.notes, run.seed
     )
     with torch.device("meta"):  # `train` gives each process memory and weights for its shard only
-        model = Transformer(_shape(config, source), config.dropout)
+        model = Transformer(_model_shape(config, source), config.dropout)
     task = config.task(model, corpus.stream, length, processor.vocabulary.pad)
     train(task, run, config.optim)
     if processes.rank() == 0:
         save_model(config, source, image_tokenizer, corpus.resize_mode)
 
 
-def _shape(config: PretrainConfig, source: Source) -> ModelConfig:
+def _model_shape(config: PretrainConfig, source: Source) -> ModelConfig:
     """The model's shape, with the image tokenizer and the control tokens of `tokenizer`."""
     names = ("vq_config", "bos_token_id", "eos_token_id", "pad_token_id")
     # Everything that must agree with the tokenizer and the codes; the rest is the recipe's.
@@ -93,8 +94,8 @@ def _shape(config: PretrainConfig, source: Source) -> ModelConfig:
 def with_second_stage(config: PretrainConfig) -> CorpusConfig:
     """The corpus, whose added sources join at their share of the run."""
     rows = config.run.steps * config.rows * config.second_stage
-    start = config.corpus.added_from or int(rows * config.documents_a_row)
-    return replace(config.corpus, added_from=start)
+    first_document = config.corpus.added_from or int(rows * config.documents_a_row)
+    return replace(config.corpus, added_from=first_document)
 
 
 def save_model(
@@ -102,7 +103,7 @@ def save_model(
 ) -> None:
     """Write the newest weights of the run as a model folder, in bf16."""
     with torch.device("meta"):
-        model = Transformer(_shape(config, source))
+        model = Transformer(_model_shape(config, source))
     tensors, _ = checkpoint.load(config.run.out, only="model")
     model.load_state_dict(tensors["model"], assign=True)
     save_hf(
@@ -117,10 +118,11 @@ def save_model(
 
 
 def _check_vocabulary(config: PretrainConfig, size: int) -> None:
+    """Raise `SettingError` if the tokenizer has another number of tokens than the model."""
     if size != config.model.vocab_size:
         raise SettingError(
             f"tokenizer={config.tokenizer} has {size:,} tokens, the model "
-            f"{config.model.vocab_size:,}: give the tokenizer of that size or vocab_size={size}"
+            f"{config.model.vocab_size:,}: give a tokenizer of that size, or vocab_size={size}"
         )
 
 

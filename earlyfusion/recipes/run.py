@@ -85,7 +85,7 @@ def _run(recipe: Recipe, config: Any, name: str, overrides: list[str]) -> None:
         return
     command = shlex.join(["earlyfusion", "train", name, *overrides])
     with files.full_disk_reported(out), folder.locked(out), folder.termination_raises():
-        folder.begin(out, type(config).__name__, _named(config), holds_runs=steps == 0)
+        folder.begin(out, type(config).__name__, _fields_as_text(config), holds_runs=steps == 0)
         try:
             recipe.main(config)
         except (KeyboardInterrupt, folder.Terminated):
@@ -110,9 +110,9 @@ def _end(config: Any, out: Path, steps: int, command: str) -> None:
     from earlyfusion.train import checkpoint, folder
 
     saved_steps = checkpoint.steps(out)
-    is_early = bool(saved_steps) and saved_steps[-1] < steps and not checkpoint.has_ended(out)
-    folder.end(out, _named(config), finished=bool(saved_steps) and not is_early)
-    if is_early:
+    stopped_early = bool(saved_steps) and saved_steps[-1] < steps and not checkpoint.has_ended(out)
+    folder.end(out, _fields_as_text(config), finished=bool(saved_steps) and not stopped_early)
+    if stopped_early:
         folder.say(
             f"step {saved_steps[-1]:,} of {steps:,}, as stop_after says: without it, {command}"
         )
@@ -120,7 +120,7 @@ def _end(config: Any, out: Path, steps: int, command: str) -> None:
         folder.say(sentence)
 
 
-def _named(config: Any) -> dict[str, str]:
+def _fields_as_text(config: Any) -> dict[str, str]:
     """Every field by its full name, as text."""
     return {".".join(path): str(_value(config, path)) for path in _field_paths(config)}
 
@@ -150,7 +150,7 @@ def override(config: Any, overrides: list[str]) -> Any:
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals:
-            raise SettingError(f"{item!r} is not of the form field=value")
+            raise SettingError(f"{item!r} is not of the form field=value, such as steps=50")
         changes[_resolve(config, path.strip())] = text
     return _with_changes(config, changes) if changes else config
 
@@ -263,7 +263,7 @@ def summary(name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
-def described(name: str) -> str:
+def help_text(name: str) -> str:
     """The docstring of a recipe, and its fields with types, defaults and meanings: the text of
     `earlyfusion train RECIPE --help`. Raises `SettingError` for an unknown recipe."""
     recipe = load(name)
