@@ -156,7 +156,7 @@ class Chameleon:
         self.processor = processor
         self.defaults = dict(defaults or {})
         self.name, self.folder = name, folder
-        # Transformers with an adapter merged, by its name.
+        # For each adapter's name, the transformer with that adapter merged.
         self.adapters: dict[str, Transformer] = {}
         self._engine: Engine | None = None
         self.cache_bytes: int | None = None  # for the next engine that is made
@@ -196,7 +196,7 @@ class Chameleon:
             _check_adapter(folder, tensor_parallel)
         single_process = tensor_parallel == 1
         if not single_process:
-            _check_own_gpu(device)
+            _check_no_gpu_number(device)
         target, dtype = resolve_device(device), dtype_name("dtype", dtype, WEIGHT_DTYPES)
         explicit_dtype = torch_dtype(dtype) if dtype in FLOAT_DTYPES else None
         loaded = (
@@ -211,7 +211,8 @@ class Chameleon:
             transformer = transformer.to(auto_dtype(size, target))
         # Before anything below changes or rounds the model's own weights.
         weights_of_adapters = {
-            name: _adapter_weights(transformer, name, at) for name, at in (adapters or {}).items()
+            adapter_name: _adapter_weights(transformer, adapter_name, adapter_folder)
+            for adapter_name, adapter_folder in (adapters or {}).items()
         }
         if adapter is not None:
             _refuse_packed(transformer, adapter)
@@ -236,7 +237,8 @@ class Chameleon:
 
     @property
     def engine(self) -> Engine:
-        """Made when first needed; assign your own for a cache of another size."""
+        """The engine that answers requests, made when it is first needed. Assign another one for a
+        cache of another size."""
         with self._lock:
             # The caller may have assigned another transformer.
             if self._engine is None or self._engine.transformer is not self.transformer:
@@ -275,7 +277,7 @@ class Chameleon:
         if self.adapters:
             raise SettingError("a model with adapters by name cannot be moved: load it there")
         if self._engine is not None and self._engine.busy:
-            raise SettingError("the model is answering: wait for its replies before you move it")
+            raise SettingError("the model is answering requests: wait for them, then move it")
         self.transformer.to(target)
         self.image_tokenizer.vqgan.to(target)
         return self
@@ -380,6 +382,8 @@ class Chameleon:
         return self._events(request)
 
     def _events(self, request: Request, decode: bool = True) -> Iterator[Event]:
+        """The events of a request, with pixels if `decode`. Closing the iterator cancels the
+        request."""
         handle = self.engine.add(request)
         try:
             for event in handle:
@@ -484,12 +488,12 @@ class Chameleon:
         draft = self.processor.draft(messages)
         # The draft has the prompt's length: check it before the slow encoding of images.
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
-        max_tokens, images = self._reply_limits(
+        max_tokens, max_images = self._reply_limits(
             output, values, resolved, len(draft), layout.num_tokens
         )
         ids = self._fill_images(draft, messages)
         request = Request(
-            ids, output, resolved, images, max_tokens, layout=layout, adapter=adapter or ""
+            ids, output, resolved, max_images, max_tokens, layout=layout, adapter=adapter or ""
         )
         self._check_negative_prompt(request, layout)
         return request
@@ -505,13 +509,14 @@ class Chameleon:
         )
 
     def _check_constraint(self, output: Output, sampling: SamplingParams) -> None:
-        named = sampling.constrained
-        if not named:
+        """Raise `SettingError` for a constraint of text that has no effect or is not possible."""
+        constraint_name = sampling.constrained
+        if not constraint_name:
             return
         if output == "image":
             raise SettingError(
-                f"{named} is for text, and this reply can have none: leave it out, or let the "
-                "reply have text"
+                f"{constraint_name} is for text, and this reply can have none: leave it out, or "
+                "let the reply have text"
             )
         constraint.check(self.processor, sampling)
 
@@ -537,10 +542,10 @@ class Chameleon:
                 "as 3, or leave it out"
             )
         # A branch must not need more of the engine's cache than prompt and reply together.
-        taken, limit = len(negative) + layout.num_tokens, len(request.ids) + request.max_tokens
-        if taken > limit:
+        needed, limit = len(negative) + layout.num_tokens, len(request.ids) + request.max_tokens
+        if needed > limit:
             raise ContextError(
-                f"negative_prompt and an image are {taken:,} tokens, limit {limit:,}, those of "
+                f"negative_prompt and an image are {needed:,} tokens, limit {limit:,}, those of "
                 "prompt and reply: shorten it, or raise max_tokens"
             )
 
@@ -563,14 +568,15 @@ class Chameleon:
         messages = as_messages(prompt)
         self._check_texts(messages)
         ids = self._fill_images(self.processor.draft(messages), messages)
-        rows = [self._answer_ids(answer, end) for answer in answers]
-        longest, limit = max(map(len, rows), default=0), self.config.max_position_embeddings
+        answer_ids = [self._answer_ids(answer, end) for answer in answers]
+        longest, limit = max(map(len, answer_ids), default=0), self.config.max_position_embeddings
         if len(ids) + longest > limit:
             raise ContextError(
                 f"prompt and longest answer are {len(ids) + longest:,} tokens, limit {limit:,}: "
                 "shorten one of them"
             )
-        return [Score(row, logprobs) for row, logprobs in self._score_answers(ids, rows)]
+        scored = self._score_answers(ids, answer_ids)
+        return [Score(tokens, logprobs) for tokens, logprobs in scored]
 
     def _answer_ids(self, answer: Answer, end: bool) -> list[int]:
         message = Message("assistant", answer)
@@ -582,18 +588,19 @@ class Chameleon:
 
     @torch.inference_mode()
     def _score_answers(
-        self, ids: list[int], rows: Sequence[list[int]]
+        self, prompt_ids: list[int], answers: Sequence[list[int]]
     ) -> Iterator[tuple[list[int], list[float]]]:
-        if not rows:
+        """The tokens of each answer, and their log-probabilities."""
+        if not answers:
             return
-        reader = Reader(self.transformer, len(ids) + max(map(len, rows)))
-        first_1V = reader.read(ids)
-        for row in rows:
-            # What follows the last token is not scored.
-            rest = [reader.read((), row[:-1])] if len(row) > 1 else []
-            logprobs_TV = torch.cat([first_1V, *rest]).log_softmax(-1)
-            token_T1 = torch.tensor(row, device=logprobs_TV.device)[:, None]
-            yield row, logprobs_TV.gather(1, token_T1)[:, 0].tolist()
+        reader = Reader(self.transformer, len(prompt_ids) + max(map(len, answers)))
+        first_1V = reader.read(prompt_ids)
+        for answer in answers:
+            # The last token is not read, as the logits after it are not needed.
+            later = [reader.read((), answer[:-1])] if len(answer) > 1 else []
+            logprobs_TV = torch.cat([first_1V, *later]).log_softmax(-1)
+            token_T1 = torch.tensor(answer, device=logprobs_TV.device)[:, None]
+            yield answer, logprobs_TV.gather(1, token_T1)[:, 0].tolist()
 
     def _layout_of(self, size: Size, output: Output) -> ImageLayout:
         """The layout of images of this width and height in pixels."""
@@ -602,12 +609,12 @@ class Chameleon:
         default, stride = self.processor.layout, self.config.vq_config.stride
         layouts = lumina.layouts(default.height) if lumina.is_layout(default) else [default]
         by_size = {(item.width * stride, item.height * stride): item for item in layouts}
-        listed: Any = size.tolist() if isinstance(size, np.ndarray) else size
-        requested = tuple(listed) if isinstance(listed, list | tuple) else None
+        value: Any = size.tolist() if isinstance(size, np.ndarray) else size
+        requested = tuple(value) if isinstance(value, list | tuple) else None
         # Compared one by one, as the size may hold anything, even what cannot be a key.
         layout = next((layout for pair, layout in by_size.items() if pair == requested), None)
         if layout is None:
-            shown = repr(listed) if requested is None else "x".join(map(str, requested))
+            shown = repr(value) if requested is None else "x".join(map(str, requested))
             sizes = ", ".join(map(str, by_size))
             raise SettingError(
                 f"size={shown[:40]} is not a size of this model: give (width, height) as {sizes}"
@@ -618,11 +625,11 @@ class Chameleon:
         """Raise `ContextError` for texts that are too long whatever their tokens are: encoding some
         megabytes takes minutes, in which no other thread runs."""
         texts = [part.text for m in messages for part in m.parts if isinstance(part, Text)]
-        fewest = sum(map(self.processor.fewest_tokens, texts))
+        min_tokens = sum(map(self.processor.min_tokens, texts))
         limit = self.config.max_position_embeddings
-        if fewest > limit:
+        if min_tokens > limit:
             raise ContextError(
-                f"{name} has at least {fewest:,} tokens, limit {limit:,}: shorten its text"
+                f"{name} has at least {min_tokens:,} tokens, limit {limit:,}: shorten its text"
             )
 
     def _check_length(self, draft: TokenSequence, tokens_to_generate: int) -> None:
@@ -642,26 +649,26 @@ class Chameleon:
         length: int,
         image_tokens: int,
     ) -> tuple[int, int]:
-        """The most tokens and images of a reply to a prompt of this length."""
-        free = self.config.max_position_embeddings - length
+        """The most tokens and images of a reply to a prompt of `length` tokens. `values` are the
+        caller's settings, `resolved` also has the model's defaults."""
+        room = self.config.max_position_embeddings - length
         if output != "image":
-            max_tokens = min(free, resolved.max_tokens or free)
-            fitting = max_tokens // image_tokens if self.can_draw else 0
-            max_images = fitting if resolved.max_images is None else resolved.max_images
-            return max_tokens, min(fitting, max_images)
+            max_tokens = min(room, resolved.max_tokens or room)
+            images_that_fit = max_tokens // image_tokens if self.can_draw else 0
+            if resolved.max_images is None:
+                return max_tokens, images_that_fit
+            return max_tokens, min(images_that_fit, resolved.max_images)
         # Only the caller's limits, as the model's defaults are meant for replies with text.
-        max_tokens, images = (
-            min(free, int(values.get("max_tokens", free))),
-            values.get("max_images", 1),
-        )
-        if images == 0:
+        max_tokens = min(room, int(values.get("max_tokens", room)))
+        max_images = int(values.get("max_images", 1))
+        if max_images == 0:
             raise SettingError("max_images=0 allows no image: leave it out or ask for text")
         if max_tokens < image_tokens:
             raise SettingError(
                 f"max_tokens={max_tokens:,} cannot hold an image of {image_tokens:,} tokens: "
                 "raise it or leave it out"
             )
-        return max_tokens, int(images)
+        return max_tokens, max_images
 
     def with_codes(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with codes in place of pixels. They make the same prompt, and take a
@@ -692,10 +699,10 @@ class Chameleon:
         codes_of = {
             key: codes for key in keys if (codes := self._cached_codes.get(key)) is not None
         }
-        new = {key: image for key, image in zip(keys, images, strict=True) if key not in codes_of}
-        if new:
-            encoded = self.image_tokenizer.encode(list(new.values())).cpu().numpy()
-            new_codes = dict(zip(new, encoded, strict=True))
+        new_images = {k: image for k, image in zip(keys, images, strict=True) if k not in codes_of}
+        if new_images:
+            encoded = self.image_tokenizer.encode(list(new_images.values())).cpu().numpy()
+            new_codes = dict(zip(new_images, encoded, strict=True))
             self._cache_codes(new_codes)
             codes_of |= new_codes
         return [codes_of[key] for key in keys]
@@ -720,33 +727,32 @@ class Chameleon:
         event as it comes, and with the image of an `ImageDone`."""
         if watch is None:
             return self._replies([list(events)])[0]
-        seen, images = list[Event](), list[Image]()
+        collected, images = list[Event](), list[Image]()
         for event in events:
             if isinstance(event, ImageDone):
                 images += self._decode_images([event])
             watch(event, images[-1] if isinstance(event, ImageDone) else None)
-            seen.append(event)
-        return _reply(seen, images)
+            collected.append(event)
+        return _reply(collected, images)
 
-    def _replies(self, events_of: Sequence[Sequence[Event]]) -> list[Reply]:
+    def _replies(self, event_lists: Sequence[Sequence[Event]]) -> list[Reply]:
         """The reply of each list of events; all images are decoded together."""
-        done = [event for events in events_of for event in events if isinstance(event, ImageDone)]
-        images = iter(self._decode_images(done))
-        return [_reply(events, images) for events in events_of]
+        image_events = [e for events in event_lists for e in events if isinstance(e, ImageDone)]
+        images = iter(self._decode_images(image_events))
+        return [_reply(events, images) for events in event_lists]
 
-    def _decode_images(self, done: Sequence[ImageDone]) -> list[Image]:
+    def _decode_images(self, events: Sequence[ImageDone]) -> list[Image]:
         """The images of these events; those without pixels are decoded, one batch per size."""
-        pils = {number: event.pil for number, event in enumerate(done)}
-        shapes = {event.codes.shape for event in done if event.pil is None}
-        for shape in shapes:
-            alike = [n for n, e in enumerate(done) if e.pil is None and e.codes.shape == shape]
-            codes = torch.from_numpy(np.stack([done[number].codes for number in alike]))
-            pils |= zip(alike, self.image_tokenizer.decode(codes), strict=True)
-        return [Image(pils[number], event.codes) for number, event in enumerate(done)]
+        pils = {number: event.pil for number, event in enumerate(events)}
+        for shape in {event.codes.shape for event in events if event.pil is None}:
+            batch = [n for n, e in enumerate(events) if e.pil is None and e.codes.shape == shape]
+            codes = torch.from_numpy(np.stack([events[number].codes for number in batch]))
+            pils |= zip(batch, self.image_tokenizer.decode(codes), strict=True)
+        return [Image(pils[number], event.codes) for number, event in enumerate(events)]
 
 
 def _reply(events: Sequence[Event], images: Iterable[Image]) -> Reply:
-    """Text and images in order; `images` gives one for each `ImageDone`."""
+    """The reply made of its events; `images` gives the image of each `ImageDone`, in order."""
     continues = any(isinstance(event, Finished) and event.continues for event in events)
     segments, logprobs = list[Segment](), list[TokenLogprob]()
     text, images = "", iter(images)
@@ -778,10 +784,10 @@ def _check_preview_every(codes: object) -> int:
 
 
 def _num_weights(transformer: Transformer) -> int:
-    """The number of weights, including those of packed matrices."""
-    packed = [m for m in transformer.modules() if isinstance(m, PackedLinear)]
-    plain = sum(parameter.numel() for parameter in transformer.parameters())
-    return plain + sum(m.in_features * m.out_features for m in packed)
+    """The number of weights, including those of packed matrices, which are not parameters."""
+    packed_layers = [m for m in transformer.modules() if isinstance(m, PackedLinear)]
+    num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    return num_parameters + sum(m.in_features * m.out_features for m in packed_layers)
 
 
 def _check_path(name: str, value: object) -> None:
@@ -800,8 +806,8 @@ def _named_folders(adapters: object) -> list[tuple[str, Any]]:
     return [("adapters", folder) for folder in (adapters or {}).values()]
 
 
-def _check_own_gpu(device: str) -> None:
-    """Refuse a GPU's number if several processes share a model."""
+def _check_no_gpu_number(device: str) -> None:
+    """Raise `SettingError` for the number of a GPU, if several processes share a model."""
     if device.startswith("cuda:"):
         raise SettingError(
             f"device={device!r} is one GPU, and each process of a shared model takes its own: "
@@ -820,7 +826,8 @@ def _check_adapter(adapter: str | Path | None, tensor_parallel: int) -> None:
 def _adapter_weights(
     transformer: Transformer, name: str, folder: str | Path
 ) -> list[tuple[str, Tensor]]:
-    """The weights of a model with the adapter of this name merged."""
+    """The layers that an adapter changes, and their weights with the adapter merged. Raises
+    `SettingError` for an empty name, packed weights or too little memory, and `CheckpointError`."""
     if not name:
         raise SettingError(f"the adapter {str(folder)!r} has no name: give one, as short=FOLDER")
     _refuse_packed(transformer, folder)
@@ -831,16 +838,17 @@ def _adapter_weights(
             f"adapter={name!r} needs the layers once more, {needed / 1e9:,.1f} GB, and "
             f"{free / 1e9:,.1f} GB are free: load fewer adapters, or another dtype"
         )
-    changes = list(merged_weights(transformer, expanded(folder)))
-    if any(layer == "lm_head" for layer, _ in changes):
+    weights = list(merged_weights(transformer, expanded(folder)))
+    if any(layer == "lm_head" for layer, _ in weights):
         raise CheckpointError(
             f"{folder} adapts the head, which adapters by name share: load it with adapter= into "
             "a model of its own"
         )
-    return changes
+    return weights
 
 
 def _refuse_packed(transformer: Transformer, adapter: str | Path) -> None:
+    """Raise `SettingError` if an adapter would be added to int8 or int4 weights."""
     if bits := packed_bits(transformer):
         raise SettingError(
             f"adapter={str(adapter)!r} cannot be added to weights in {bits} bits: load the model "
@@ -860,14 +868,15 @@ def _load_shard(
 
 def _seeds(seed: Any, count: int) -> list[int | None]:
     """The seed of each prompt; None means a random one."""
-    listed: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
-    if isinstance(listed, list | tuple):
-        return _one_per_prompt("seed", listed, count)
-    first = SamplingParams(seed=listed).seed  # checks it, and accepts numpy's numbers
+    value: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
+    if isinstance(value, list | tuple):
+        return _one_per_prompt("seed", value, count)
+    first = SamplingParams(seed=value).seed  # checks it, and accepts numpy's numbers
     return [None if first is None else first + i for i in range(count)]
 
 
 def _one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    """The entries of a list of `count`, or a single value for each prompt."""
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:

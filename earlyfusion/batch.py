@@ -81,9 +81,9 @@ def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: st
             defaults = _with_seed(sampling, len(jobs))
             job = _job(number, line, path.parent, output, defaults, model)
             if str(job.id) in jobs:
-                first = jobs[str(job.id)].line
+                first_line = jobs[str(job.id)].line
                 raise PromptError(
-                    f"its id {job.id!r} is also that of line {first}: give each its own"
+                    f"its id {job.id!r} is also that of line {first_line}: give each its own"
                 )
         except EarlyFusionError as error:
             raise type(error)(f"{path} line {number}: {error}") from None
@@ -94,6 +94,7 @@ def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: st
 
 
 def _with_seed(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The settings with the seed of job number `number`."""
     seed = sampling.get("seed")
     return dict(sampling) | {"seed": None if seed is None else seed + number}
 
@@ -101,18 +102,19 @@ def _with_seed(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
 def _job(
     number: int, line: str, folder: Path, output: Output, defaults: dict[str, Any], model: str
 ) -> Job:
+    """The job of a line; raises an `EarlyFusionError` that does not name the line."""
     entry = _parse_line(line)
-    name, requested = entry.get("id", number), entry.get("output", output)
-    if isinstance(name, bool) or not isinstance(name, str | int):
+    job_id, job_output = entry.get("id", number), entry.get("output", output)
+    if isinstance(job_id, bool) or not isinstance(job_id, str | int):
         raise PromptError("its id is neither a text nor a whole number: give one, or leave it out")
-    if requested not in get_args(Output):
-        raise SettingError.unknown("output", requested, get_args(Output))
+    if job_output not in get_args(Output):
+        raise SettingError.unknown("output", job_output, get_args(Output))
     settings = defaults | {key: value for key, value in entry.items() if key in _SETTINGS}
-    content = json.dumps([entry, name, requested, settings, model], sort_keys=True)
+    content = json.dumps([entry, job_id, job_output, settings, model], sort_keys=True)
     turns = _turns(entry, folder)
     _check_turns(turns)
     digest = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return Job(number, name, turns, requested, SamplingParams(**settings), digest)
+    return Job(number, job_id, turns, job_output, SamplingParams(**settings), digest)
 
 
 def _parse_line(line: str) -> dict[str, Any]:
@@ -126,14 +128,15 @@ def _parse_line(line: str) -> dict[str, Any]:
         raise PromptError('it is not a JSON object: give one such as {"prompt": "Draw a cat."}')
     for key in entry:
         if key not in _KEYS:
-            near = get_close_matches(key, _KEYS, 1) or [", ".join(sorted(_KEYS))]
-            raise SettingError(f"its field {key!r} is unknown: use {near[0]}")
+            similar = get_close_matches(key, _KEYS, 1) or [", ".join(sorted(_KEYS))]
+            raise SettingError(f"its field {key!r} is unknown: use {similar[0]}")
     if "prompt" not in entry:
         raise PromptError("it has no prompt: give a text, a list of parts or a list of messages")
     return entry
 
 
 def _turns(entry: dict[str, Any], folder: Path) -> list[tuple[Any, list[Part]]]:
+    """The role and the parts of each turn of a line's prompt; images are paths."""
     prompt, images = entry["prompt"], entry.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise PromptError("its images are not a list of paths: give a list, even of one")
@@ -252,7 +255,7 @@ class Replies:
         self._errors.append({"id": job.id, "line": job.line, "error": str(error)})
 
     def close(self) -> None:
-        """Write errors.jsonl; without errors, delete that of an earlier run."""
+        """Write errors.jsonl; if there are no errors, delete the file of an earlier run."""
         path = self.folder / "errors.jsonl"
         if self._errors:
             text = b"".join(map(_to_json_line, self._errors))
@@ -296,6 +299,7 @@ def _start(
     replies: Replies,
     progress: Callable[[], object],
 ) -> None:
+    """Start a job, or note its error."""
     try:
         request = chameleon.request(job.messages, job.output, job.sampling)
         running.append((job, chameleon.engine.add(request)))
@@ -305,6 +309,7 @@ def _start(
 
 
 def _finish(chameleon: Chameleon, job: Job, handle: Handle, replies: Replies) -> None:
+    """Write the reply of a finished job, or note its error."""
     try:
         reply = chameleon.collect(handle)
     except EarlyFusionError as error:

@@ -21,7 +21,7 @@ from earlyfusion.content import (
     read_turns,
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
-from earlyfusion.files import next_number, unwritten_on_failure, write_next, write_whole
+from earlyfusion.files import next_number, removed_on_failure, write_next, write_whole
 from earlyfusion.terminal import OutputFolder, Screen, answer, png_writer
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Conversation:
         self._undo_states: list[tuple[list[Message], list[Image]]] = []
         self._saved_folder: ConversationFolder | None = None
         self._saved_turns: list[Message] = []
-        self._warned = self._failed = False
+        self._has_warned = False  # of unsaved turns, since the last command
+        self._has_failed = False
         self._commands = {
             "/image": self._add_image,
             "/undo": self._undo,
@@ -63,7 +64,7 @@ class Conversation:
         """Continue a conversation that /save wrote. Raises an `EarlyFusionError`."""
         saved_folder = ConversationFolder(folder, _codebook(self._chameleon))
         turns = saved_folder.read()
-        self._change(turns, [])
+        self._set_state(turns, [])
         self._saved_folder, self._saved_turns = saved_folder, turns
         self._screen.line(f"{counted(len(turns) // 2, 'turn')} of {folder}")
 
@@ -77,14 +78,14 @@ class Conversation:
         except KeyboardInterrupt:
             self._warn_of_unsaved()
             raise
-        return 2 if self._failed else 0
+        return 2 if self._has_failed else 0
 
     def _handle(self, line: str) -> None:
         try:
             self._execute(line)
         except EarlyFusionError as error:
             self._screen.end()
-            self._failed = not self._at_terminal
+            self._has_failed = not self._at_terminal
             print(f"{'' if self._at_terminal else 'Error: '}{error}", file=sys.stderr)
         except KeyboardInterrupt:
             self._screen.end()
@@ -99,7 +100,7 @@ class Conversation:
             line = self._read_line()
             if line not in (None, "/quit"):
                 return line
-            if self._warned or not self._warn_of_unsaved() or not self._at_terminal:
+            if self._has_warned or not self._warn_of_unsaved() or not self._at_terminal:
                 return None
 
     def _read_line(self) -> str | None:
@@ -113,36 +114,36 @@ class Conversation:
             return None
         except KeyboardInterrupt:
             print()
-            if self._warned or not self._unsaved:
+            if self._has_warned or not self._num_unsaved:
                 raise
             return None
 
     @property
-    def _unsaved(self) -> int:
+    def _num_unsaved(self) -> int:
         """The number of the user's turns that are not saved."""
         saved = {id(turn) for turn in self._saved_turns}
         return sum(turn.role == "user" and id(turn) not in saved for turn in self._turns)
 
     def _warn_of_unsaved(self) -> bool:
         """Print, once, how many turns are unsaved. Returns whether there are any."""
-        if not self._unsaved:
+        if not self._num_unsaved:
             return False
-        if not self._warned:
-            turns = counted(self._unsaved, "turn")
-            again = ", leave again to drop it" if self._at_terminal else ""
-            print(f"{turns} not saved: /save FOLDER keeps the conversation{again}", file=sys.stderr)
-        self._warned = True
+        if not self._has_warned:
+            turns = counted(self._num_unsaved, "turn")
+            leave = ", leave again to drop it" if self._at_terminal else ""
+            print(f"{turns} not saved: /save FOLDER keeps the conversation{leave}", file=sys.stderr)
+        self._has_warned = True
         return True
 
     def _execute(self, line: str) -> None:
-        word, _, rest = line.partition(" ")
-        self._warned = False
-        if word in self._commands:
-            self._commands[word](rest.strip())
-        elif word == "/help":
+        command, _, argument = line.partition(" ")
+        self._has_warned = False
+        if command in self._commands:
+            self._commands[command](argument.strip())
+        elif command == "/help":
             self._screen.line(HELP)
-        elif word.startswith("/"):
-            raise SettingError(f"command {word!r} is unknown: {HELP}")
+        elif command.startswith("/"):
+            raise SettingError(f"command {command!r} is unknown: {HELP}")
         elif line:
             self._send(line)
 
@@ -151,9 +152,10 @@ class Conversation:
         reply = answer(
             self._chameleon, turns, self._output, self._sampling, self._output_folder, self._screen
         )
-        self._change([*turns, reply.message], [])
+        self._set_state([*turns, reply.message], [])
 
-    def _change(self, turns: list[Message], images: list[Image]) -> None:
+    def _set_state(self, turns: list[Message], images: list[Image]) -> None:
+        """Set the turns, and the images for the next turn; /undo returns to the state before."""
         # New lists, as earlier states hold the old ones.
         self._undo_states = [*self._undo_states[1 - _MAX_UNDO :], (self._turns, self._images)]
         self._turns, self._images = turns, images
@@ -162,7 +164,7 @@ class Conversation:
         if not typed:
             raise SettingError("/image needs a file: give one, as in /image cat.png")
         image = Image.open(typed_path(typed))
-        self._change(self._turns, [*self._images, image])
+        self._set_state(self._turns, [*self._images, image])
         self._screen.show_image(image)
 
     def _undo(self, _: str) -> None:
@@ -174,7 +176,7 @@ class Conversation:
 
     def _reset(self, _: str) -> None:
         notice = self._unsaved_notice()
-        self._change([], [])
+        self._set_state([], [])
         self._saved_folder = None
         self._screen.line(f"The conversation starts anew{notice}.")
 
@@ -187,8 +189,8 @@ class Conversation:
             self._screen.line(notice.removeprefix("; "))
 
     def _unsaved_notice(self) -> str:
-        unsaved = counted(self._unsaved, "turn")
-        return f"; {unsaved} not saved, /undo brings them back" if self._unsaved else ""
+        unsaved = counted(self._num_unsaved, "turn")
+        return f"; {unsaved} not saved, /undo brings them back" if self._num_unsaved else ""
 
     def _save(self, typed: str) -> None:
         """Write conversation.json and its images to a folder."""
@@ -246,19 +248,19 @@ class ConversationFolder:
     def write(self, turns: list[Message]) -> None:
         """Write the turns, whole or not at all. Replaces conversation.json only if this object has
         read or written it and it is unchanged since. Raises `SettingError`."""
-        unchanged = self._text is not None and _read_text(self._json_path) == self._text
-        if not unchanged:
+        is_unchanged = self._text is not None and _read_text(self._json_path) == self._text
+        if not is_unchanged:
             self._check_empty()
         names = list(self._image_names)
-        with unwritten_on_failure() as written:
+        with removed_on_failure() as new_files:
             messages = [
-                {"role": t.role, "content": [self._part(p, names, written) for p in t.parts]}
+                {"role": t.role, "content": [self._part(p, names, new_files) for p in t.parts]}
                 for t in turns
             ]
             data = {"codebook": self._codebook, "messages": messages}
             text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
             write_whole(
-                self._json_path, lambda file: file.write(text.encode()), overwrite=unchanged
+                self._json_path, lambda file: file.write(text.encode()), overwrite=is_unchanged
             )
         self._text, self._image_names = text, names
 
@@ -268,27 +270,27 @@ class ConversationFolder:
 
     def _check_empty(self) -> None:
         try:
-            empty = not os.path.lexists(self.path) or not any(self.path.iterdir())
+            is_empty = not os.path.lexists(self.path) or not any(self.path.iterdir())
         except OSError:
-            empty = False
-        if not empty:
+            is_empty = False
+        if not is_empty:
             raise SettingError(
                 f"{self.path} exists and holds other things, or was changed since: "
                 "give /save the name of a new folder"
             )
 
     def _part(
-        self, part: Segment, names: list[tuple[Image, str]], written: list[Path]
+        self, part: Segment, names: list[tuple[Image, str]], new_files: list[Path]
     ) -> dict[str, Any]:
         """A part as JSON. Writes an image that has no file yet, and adds it to `names` and
-        `written`."""
+        `new_files`."""
         if isinstance(part, Text):
             return {"type": "text", "text": part.text}
         name = next((name for image, name in names if image is part), None)
         if name is None:
             first = next_number(self.path, "image", ".png")
-            written.append(write_next(self.path, "image", ".png", png_writer(part), first))
-            name = written[-1].name
+            new_files.append(write_next(self.path, "image", ".png", png_writer(part), first))
+            name = new_files[-1].name
             names.append((part, name))
         codes = {} if part.codes is None else {"codes": part.codes.tolist()}
         return {"type": "image", "image": name} | codes

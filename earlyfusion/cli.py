@@ -106,24 +106,24 @@ def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
     """The fields of the recipe on the command line; after =, the possible values of a field."""
     from earlyfusion.recipes.run import fields_of
 
-    known, before = fields_of(ctx.params["recipe"]), ctx.params.get("fields") or []
+    fields, words = fields_of(ctx.params["recipe"]), ctx.params.get("fields") or []
     # bash, unlike other shells, splits words at "=", and passes a lone "=" as an empty word.
-    if not incomplete and before[-1:] and before[-1] in known:
-        return list(_values_of(before[-1], known))
-    if before[-1:] == ["="]:
-        return _starting_with(incomplete, _values_of(before[-2] if before[1:] else "", known))
-    field, separator, _ = incomplete.partition("=")
+    if not incomplete and words[-1:] and words[-1] in fields:
+        return list(_values_of(words[-1], fields))
+    if words[-1:] == ["="]:
+        return _starting_with(incomplete, _values_of(words[-2] if words[1:] else "", fields))
+    name, separator, _ = incomplete.partition("=")
     if not separator:
-        return _starting_with(incomplete, [f"{name}=" for name in known])
-    return _starting_with(incomplete, [f"{field}={value}" for value in _values_of(field, known)])
+        return _starting_with(incomplete, [f"{field}=" for field in fields])
+    return _starting_with(incomplete, [f"{name}={value}" for value in _values_of(name, fields)])
 
 
-def _values_of(field: str, known: dict[str, tuple[str, Any, str]]) -> Iterable[str]:
-    if known.get(field, ("",))[0] == "bool":
+def _values_of(name: str, fields: dict[str, tuple[str, Any, str]]) -> Iterable[str]:
+    """The values to suggest for a field; `fields` are those of `recipes.run.fields_of`."""
+    if fields.get(name, ("",))[0] == "bool":
         return "true", "false"
-    last = field.rpartition(".")[2]
-    fixed = {"device": _DEVICE_EXAMPLES, "precision": ("fp32", "bf16"), "model": ("mini",)}
-    return fixed.get(last, ())
+    suggestions = {"device": _DEVICE_EXAMPLES, "precision": ("fp32", "bf16"), "model": ("mini",)}
+    return suggestions.get(name.rpartition(".")[2], ())
 
 
 ModelName = Annotated[
@@ -252,10 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _print_usage_error(error)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except (BrokenPipeError, SystemExit) as end:
+    except (BrokenPipeError, SystemExit) as error:
         # Typer turns a broken pipe into SystemExit(1), and also ends a completion with SystemExit.
-        if isinstance(end, SystemExit) and end.code != 1:
-            return int(end.code or 0)
+        if isinstance(error, SystemExit) and error.code != 1:
+            return int(error.code or 0)
         _discard_output()
         return _BROKEN_PIPE
     except OSError as error:
@@ -279,8 +279,8 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_set: bool) -> None:
+    if is_set:
         print(__version__)
         raise typer.Exit()
 
@@ -288,7 +288,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     pass
@@ -333,9 +336,9 @@ def generate(
     if "" in images:
         raise SettingError("--image is empty: give an image file, or leave the option out")
     _check_pipe([prompt or "", *images])
-    text = _prompt(prompt, prompt_file)
-    messages = as_messages(fill_placeholders(text, [_image(name) for name in images]))
-    params = _seeded(sampling)
+    text = _read_prompt(prompt, prompt_file)
+    messages = as_messages(fill_placeholders(text, [_open_image(name) for name in images]))
+    params = _sampling_params(sampling)
     output_folder = OutputFolder(out)
     if output != "text":
         output_folder.check()
@@ -343,8 +346,8 @@ def generate(
     reply = answer(chameleon, messages, output, params, output_folder, screen)
     if as_json:
         settings = asdict(params.resolved(chameleon.defaults))
-        used = {"seed": settings.pop("seed"), "model": loading.model, "output": output}
-        _print_json(reply_json(reply, output_folder.path_of) | used | {"settings": settings})
+        request = {"seed": settings.pop("seed"), "model": loading.model, "output": output}
+        _print_json(reply_json(reply, output_folder.path_of) | request | {"settings": settings})
 
 
 @app.command(
@@ -368,7 +371,7 @@ def chat(
     from earlyfusion.chat import Conversation
     from earlyfusion.terminal import OutputFolder
 
-    params = _seeded(sampling)
+    params = _sampling_params(sampling)
     output_folder = OutputFolder(out)
     if output != "text":
         output_folder.check()
@@ -446,7 +449,7 @@ def demo(
 
     output_folder = OutputFolder(out)
     output_folder.check()
-    image, params = Image.open(_DEMO_IMAGE), _seeded({"seed": seed})
+    image, params = Image.open(_DEMO_IMAGE), _sampling_params({"seed": seed})
     chameleon, screen = _load("mini", device, as_json), Screen(as_json)
     tour: list[tuple[str, Prompt, Output]] = [
         (_DEMO_QUESTION, fill_placeholders(_DEMO_QUESTION, [image]), "text"),
@@ -490,14 +493,14 @@ def gallery(
     from earlyfusion.files import check_writable, path_exists_error, write_whole
     from earlyfusion.terminal import Screen, grid_writer, image_grid
 
-    texts, first = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
+    texts, first_seed = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
     if not 1 <= count <= _MAX_SEEDS:
         raise SettingError(f"--count {count} is not possible: give 1 to {_MAX_SEEDS}")
     write = grid_writer(out)
     if os.path.lexists(out) and not overwrite:
         raise path_exists_error(out)
     check_writable(out.parent)
-    seeds = list(range(first, first + count))
+    seeds = list(range(first_seed, first_seed + count))
     chameleon, screen = _load(**asdict(loading), quiet=as_json), Screen(as_json)
     rows = []
     for text in texts:
@@ -542,7 +545,7 @@ def encode(
     if os.path.lexists(out) and not overwrite:
         raise path_exists_error(out)
     _check_pipe(images)
-    opened_images = [_image(name) for name in images]
+    opened_images = [_open_image(name) for name in images]
     check_writable(out.parent)
     codes = _load(model, device, as_json, fit=fit).image_tokenizer.encode(opened_images, mode)
     save_codes(out, codes.cpu().numpy(), overwrite)
@@ -624,11 +627,11 @@ def convert(
 
     name = None if dtype is None else dtype_name("dtype", dtype, FLOAT_DTYPES)
     with spinner(f"opening {source}", as_json):
-        from earlyfusion.checkpoints.convert import convert as write
+        from earlyfusion.checkpoints.convert import convert as convert_model
 
     with show_progress("converting", as_json) as progress:
-        torch_type = None if name is None else torch_dtype(name)
-        write(source, target, to, dtype=torch_type, progress=progress, **asdict(conversion))
+        new_dtype = None if name is None else torch_dtype(name)
+        convert_model(source, target, to, dtype=new_dtype, progress=progress, **asdict(conversion))
     sizes = {str(p.relative_to(target)): p.stat().st_size for p in sorted(target.rglob("*.*"))}
     if as_json:
         return _print_json({"path": str(target), "layout": to, "file_bytes": sizes})
@@ -636,7 +639,7 @@ def convert(
         print(f"{file:<36}{size:>16,}")
 
 
-class _Train(TyperCommand):
+class _TrainCommand(TyperCommand):
     """A command whose help lists the recipes, or with a recipe the fields of that recipe."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -647,14 +650,14 @@ class _Train(TyperCommand):
             if recipes:
                 print(help_text(recipes[0]))
                 ctx.exit()
-            listed = [f"{name}: {summary(name)}" for name in RECIPES]
-            fields = "earlyfusion train RECIPE --help lists the fields of a recipe."
-            self.epilog = "\n\n".join([self.epilog or "", "Recipes:", *listed, fields])
+            summaries = [f"{name}: {summary(name)}" for name in RECIPES]
+            more = "earlyfusion train RECIPE --help lists the fields of a recipe."
+            self.epilog = "\n\n".join([self.epilog or "", "Recipes:", *summaries, more])
         return super().parse_args(ctx, args)
 
 
 @app.command(
-    cls=_Train,
+    cls=_TrainCommand,
     epilog=_examples(
         "earlyfusion train mini_transformer steps=200",
         "earlyfusion train my_recipe.py run.out=runs/mine",
@@ -719,7 +722,7 @@ def tokenize(
         from earlyfusion.data.encoding import EncodingSettings
         from earlyfusion.data.rows import RowSettings
         from earlyfusion.data.shard_maker import Job
-        from earlyfusion.data.tokenize import tokenize as write
+        from earlyfusion.data.tokenize import tokenize as make_shards
 
         job = Job(
             sources=tuple(sources),
@@ -731,14 +734,14 @@ def tokenize(
             encoding=EncodingSettings(**encoding),
         )
     with show_progress("tokenizing", as_json) as progress:
-        made = write(job, workers, ray, progress=progress)
+        summary = make_shards(job, workers, ray, progress=progress)
     if as_json:
-        return _print_json(asdict(made) | {"path": str(out), "model": model})
-    forms = ", ".join(f"{count:,} {form}" for form, count in sorted(made.forms.items()))
-    print(f"{out}: {made.documents:,} documents of {made.rows:,} rows ({forms})")
-    print(f"{made.tokens:,} tokens in {made.shards:,} shards")
-    if made.quarantined:
-        print(f"{made.quarantined:,} broken rows: see {out / 'quarantine.jsonl'}")
+        return _print_json(asdict(summary) | {"path": str(out), "model": model})
+    forms = ", ".join(f"{count:,} {form}" for form, count in sorted(summary.forms.items()))
+    print(f"{out}: {summary.documents:,} documents of {summary.rows:,} rows ({forms})")
+    print(f"{summary.tokens:,} tokens in {summary.shards:,} shards")
+    if summary.quarantined:
+        print(f"{summary.quarantined:,} broken rows: see {out / 'quarantine.jsonl'}")
 
 
 @app.command(epilog=_examples("earlyfusion info", "earlyfusion info ./my-model --json"))
@@ -790,10 +793,12 @@ def bench(
 
     with spinner("starting", as_json) as set_text:
         start = perf_counter()
-        from earlyfusion.bench.speed import bench as measure
+        from earlyfusion.bench.speed import bench as measure_speed
 
         import_seconds = perf_counter() - start
-        report = measure(model, shape, device, dtype, threads, rounds, import_seconds, set_text)
+        report = measure_speed(
+            model, shape, device, dtype, threads, rounds, import_seconds, set_text
+        )
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -952,8 +957,8 @@ def _serve_in_processes(plans: Sequence[LoadPlan], options: ServeOptions, ray: b
     start = _starter(ray, len(plans))
     children: list[Child] = []
     remotes: list[RemoteEngine] = []
-    # Only until the server runs: it finishes running requests first.
-    previous_handler = _on_sigterm(_stop)
+    # Until the server sets a handler that finishes running requests first.
+    previous_handler = _set_sigterm_handler(_stop)
     try:
         with signals_wait():
             children += [start(plan) for plan in plans]
@@ -966,21 +971,22 @@ def _serve_in_processes(plans: Sequence[LoadPlan], options: ServeOptions, ray: b
                 remotes.append(RemoteEngine(partial(start, plan), options.step_timeout, child))
         run(remotes[0].info.model, options, remote=remotes if len(remotes) > 1 else remotes[0])
     finally:
-        _on_sigterm(previous_handler)
+        _set_sigterm_handler(previous_handler)
         for remote in remotes:
             remote.close()
         for process, _ in children[len(remotes) :]:
             process.kill()
 
 
-def _on_sigterm(handler: Any) -> Any:
-    """Set the handler of SIGTERM. Returns the previous one; in other threads than the main one,
-    which cannot have a handler, does nothing and returns None."""
-    is_main = threading.current_thread() is threading.main_thread()
-    return signal.signal(signal.SIGTERM, handler) if is_main else None
+def _set_sigterm_handler(handler: Any) -> Any:
+    """Set the handler of SIGTERM and return the previous one. Only the main thread can: in others
+    nothing is done and None is returned."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGTERM, handler) if is_main_thread else None
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler of SIGTERM while the model is loaded."""
     print("stopped before the server was ready", file=sys.stderr)
     raise SystemExit(0)
 
@@ -997,9 +1003,9 @@ def _load(
     from earlyfusion.terminal import spinner
 
     # Under torchrun several processes share one model; only the first prints.
-    shared = "TORCHELASTIC_RUN_ID" in os.environ
-    processes = int(os.environ["WORLD_SIZE"]) if shared else 1
-    with spinner(f"loading {model}", quiet or (shared and os.environ["RANK"] != "0")):
+    is_shared = "TORCHELASTIC_RUN_ID" in os.environ
+    processes = int(os.environ["WORLD_SIZE"]) if is_shared else 1
+    with spinner(f"loading {model}", quiet or (is_shared and os.environ["RANK"] != "0")):
         from earlyfusion.api import Chameleon
 
         chameleon = Chameleon.load(
@@ -1020,14 +1026,14 @@ def _default_cache(summary: dict[str, Any]) -> dict[str, int]:
     from earlyfusion.devices import resolve_device
     from earlyfusion.engine.cache import cache_size
 
-    device, context, lines = resolve_device("auto"), summary["context"], {}
+    device, context, capacity = resolve_device("auto"), summary["context"], {}
     for dtype, token_bytes in summary["kv_bytes_per_token"].items():
         size = cache_size(token_bytes, context, device, reserved=summary["memory"][dtype])
-        lines[f"bytes {dtype}"] = size.bytes
-        lines[f"tokens {dtype}"] = size.tokens
-        lines[f"requests of 300 tokens {dtype}"] = size.requests(300)
-        lines[f"requests of {context} tokens {dtype}"] = size.requests(context)
-    return lines
+        capacity[f"bytes {dtype}"] = size.bytes
+        capacity[f"tokens {dtype}"] = size.tokens
+        capacity[f"requests of 300 tokens {dtype}"] = size.requests(300)
+        capacity[f"requests of {context} tokens {dtype}"] = size.requests(context)
+    return capacity
 
 
 def _check_pipe(names: list[str]) -> None:
@@ -1035,7 +1041,7 @@ def _check_pipe(names: list[str]) -> None:
         raise SettingError("only one of the prompt and the images can be -: there is one pipe")
 
 
-def _prompt(argument: str | None, file: Path | None) -> str:
+def _read_prompt(argument: str | None, file: Path | None) -> str:
     """The prompt, from an argument, a file or a pipe. Raises `PromptError`."""
     if argument is not None and file is not None:
         raise PromptError(f"a prompt and --prompt-file {file} are given: leave one out")
@@ -1059,7 +1065,7 @@ def _prompt(argument: str | None, file: Path | None) -> str:
         raise PromptError(f"{name} is not text in UTF-8: give one with the prompt") from None
 
 
-def _image(name: str) -> Image:
+def _open_image(name: str) -> Image:
     from earlyfusion.content import MAX_FILE_BYTES, Image
 
     if name == "-":
@@ -1067,7 +1073,7 @@ def _image(name: str) -> Image:
     return Image.open(name)
 
 
-def _seeded(sampling: dict[str, Any]) -> SamplingParams:
+def _sampling_params(sampling: dict[str, Any]) -> SamplingParams:
     """The settings given by options; a random seed is chosen here, so that it can be printed."""
     seed = sampling.get("seed")
     return SamplingParams(**sampling | {"seed": secrets.randbits(31) if seed is None else seed})

@@ -26,7 +26,7 @@ def fields_in_source(path: Path, name: str) -> Iterator[Field]:
     """The fields with a default of the dataclass `name` in a file, which is not imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     [body] = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-    for node, meaning in _annotated(body):
+    for node, meaning in _annotated_fields(body):
         if node.value is not None:
             type_name, default = ast.unparse(node.annotation), ast.literal_eval(node.value)
             yield Field(ast.unparse(node.target), type_name, default, meaning)
@@ -34,15 +34,16 @@ def fields_in_source(path: Path, name: str) -> Iterator[Field]:
 
 def meanings(config: type) -> dict[str, str]:
     """The texts below the fields of a dataclass, including inherited ones."""
-    found: dict[str, str] = {}
+    by_field: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):
         try:
             [node] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         except (OSError, TypeError):  # a class without a source file
             continue
-        rows = _annotated(node.body) if isinstance(node, ast.ClassDef) else ()
-        found |= {ast.unparse(row.target): meaning for row, meaning in rows if meaning}
-    return found
+        body = node.body if isinstance(node, ast.ClassDef) else []
+        named = ((ast.unparse(field.target), text) for field, text in _annotated_fields(body))
+        by_field |= {name: text for name, text in named if text}
+    return by_field
 
 
 def check_at_least(config: object, **limits: float) -> None:
@@ -57,11 +58,11 @@ def check_shares(config: object, *names: str, below_one: bool = False) -> None:
     for name in names:
         share = getattr(config, name)
         if not 0 <= share <= 1 or (below_one and share == 1):
-            limits = "at least 0 and below 1" if below_one else "a share from 0 to 1"
-            raise SettingError(f"{name}={share} must be {limits}")
+            range_text = "at least 0 and below 1" if below_one else "a share from 0 to 1"
+            raise SettingError(f"{name}={share} must be {range_text}")
 
 
-def _annotated(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AnnAssign, str]]:
+def _annotated_fields(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AnnAssign, str]]:
     """The fields in the body of a class, each with the text below it, or ""."""
     for node, below in pairwise([*body, ast.Pass()]):
         if isinstance(node, ast.AnnAssign):

@@ -39,20 +39,21 @@ Write = Callable[[BinaryIO], object]
 def files_under(folder: Path) -> Iterator[Path]:
     """All files in a folder and its subfolders, in no order, without hidden ones. Links to folders
     are followed; a folder that has several paths is read under one of them."""
-    entered: set[tuple[int, int]] = set()
-    waiting = [str(folder)]
-    while waiting:
-        # Links come after all folders around them, which keep their own paths.
-        for here, folders, names in os.walk(waiting.pop(0)):
-            stat = os.stat(here)
-            if (stat.st_dev, stat.st_ino) in entered:
-                folders.clear()
+    visited: set[tuple[int, int]] = set()
+    to_visit = [str(folder)]
+    while to_visit:
+        # `os.walk` does not follow links. They come last, so that a folder that is also linked is
+        # read under its real path.
+        for current, folders, names in os.walk(to_visit.pop(0)):
+            stat = os.stat(current)
+            if (stat.st_dev, stat.st_ino) in visited:
+                folders.clear()  # so that `os.walk` does not enter them
                 continue
-            entered.add((stat.st_dev, stat.st_ino))
+            visited.add((stat.st_dev, stat.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            paths = [os.path.join(here, name) for name in folders]
-            waiting += [path for path in paths if os.path.islink(path)]
-            yield from (Path(here, name) for name in names if not name.startswith("."))
+            paths = [os.path.join(current, name) for name in folders]
+            to_visit += [path for path in paths if os.path.islink(path)]
+            yield from (Path(current, name) for name in names if not name.startswith("."))
 
 
 @contextmanager
@@ -144,13 +145,13 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def unwritten_on_failure() -> Iterator[list[Path]]:
+def removed_on_failure() -> Iterator[list[Path]]:
     """A list to add new files to; they are deleted if the block fails."""
-    made: list[Path] = []
+    new_files: list[Path] = []
     try:
-        yield made
+        yield new_files
     except BaseException:
-        for path in made:
+        for path in new_files:
             path.unlink(missing_ok=True)
         raise
 
@@ -210,16 +211,16 @@ def _lock(handle: int) -> bool:
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove hidden folders of killed runs: those with our prefix that nobody locks."""
-    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
         # If it was killed between two renames, this is the only copy of the old folder.
-        if left.suffix == ".old" and not folder.exists():
+        if leftover.suffix == ".old" and not folder.exists():
             continue
         with suppress(OSError):
-            handle = os.open(left, os.O_RDONLY)
+            handle = os.open(leftover, os.O_RDONLY)
             try:
                 if _lock(handle):
-                    shutil.rmtree(left)
-                    print(f"removed {left}, left by a run that was killed", file=sys.stderr)
+                    shutil.rmtree(leftover)
+                    print(f"removed {leftover}, left by a run that was killed", file=sys.stderr)
             finally:
                 os.close(handle)
 
@@ -227,8 +228,8 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM raises `SystemExit`, so that every `finally` runs, unless someone else handles it."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 
@@ -245,8 +246,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _written_beside(path: Path, write: Write) -> Iterator[Path]:
-    """The finished contents under a hidden name in the folder of `path`, removed after the block.
-    An `OSError`, also one of the block, becomes a `SettingError` about `path`."""
+    """A hidden file with the finished contents, in the folder of `path`. The block gives it its
+    name; it is removed afterwards if it is still there. An `OSError`, also one of the block,
+    becomes a `SettingError` about `path`."""
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with _parents_of(path):
@@ -285,7 +287,7 @@ def _give_free_name_without_links(part: Path, path: Path) -> bool:
     return True
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -316,8 +318,11 @@ def unwritable(folder: Path, error: OSError) -> CheckpointError:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    # numpy reports a short write without an errno.
-    return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))
+    """Whether an error says that a disk or a quota is full."""
+    if not isinstance(error, OSError):
+        return False
+    # numpy reports a short write without an errno: "N requested and M written".
+    return error.errno in _FULL_DISK_ERRORS or "requested and" in str(error)
 
 
 def expanded(path: str | Path) -> Path:
@@ -349,11 +354,12 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise DuplicateKeyError(f"the key {twice[:80]!r} is given twice")
-    return made
+    """The dict of a JSON object's keys and values. Raises `DuplicateKeyError`."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        repeated = next(k for k, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DuplicateKeyError(f"the key {repeated[:80]!r} is given twice")
+    return data
 
 
 @contextmanager
@@ -365,14 +371,16 @@ def signals_wait() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
+    received: list[int] = []
+    previous_handlers = {
+        number: signal.signal(number, lambda n, _: received.append(n))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             with suppress(TypeError):  # a handler that Python did not set
                 signal.signal(number, handler)
-        for one in came:
-            signal.raise_signal(one)
+        for received_number in received:
+            signal.raise_signal(received_number)

@@ -82,11 +82,11 @@ class ImageTokenizer:
         compiled: bool = False,
     ) -> None:
         self.vqgan, self.resolution, self.mode = vqgan, resolution, _check_mode(mode)
-        known = get_args(Precision)
-        self.precision = dtype_name("precision", precision, known)
-        self.encode_precision = dtype_name("encode_precision", encode_precision, known)
+        precisions = get_args(Precision)
+        self.precision = dtype_name("precision", precision, precisions)
+        self.encode_precision = dtype_name("encode_precision", encode_precision, precisions)
         self.compiled = compiled
-        self._compiled_network: _Compiled | None = None
+        self._compiled_network: _CompiledNetwork | None = None
         stride = vqgan.config.stride
         if resolution < stride or resolution % stride:
             raise SettingError(
@@ -114,7 +114,7 @@ class ImageTokenizer:
         if len(images) == 0:
             return torch.empty(0, self.grid, self.grid, dtype=torch.int64, device=self.device)
         step = self._batch_size
-        batches = (images[at : at + step] for at in range(0, len(images), step))
+        batches = (images[start : start + step] for start in range(0, len(images), step))
         return torch.cat([self._encode_batch(batch, mode) for batch in batches])
 
     def decode(self, codes_nhw: Tensor) -> list[PIL.Image.Image]:
@@ -125,8 +125,8 @@ class ImageTokenizer:
         self._check_size(*codes.shape[1:])
         return [
             PIL.Image.fromarray(pixels)
-            for at in range(0, len(codes), step)
-            for pixels in self._decode_batch(codes[at : at + step])
+            for start in range(0, len(codes), step)
+            for pixels in self._decode_batch(codes[start : start + step])
         ]
 
     def preprocess(self, image: Any, mode: Mode | None = None) -> Tensor:
@@ -140,8 +140,8 @@ class ImageTokenizer:
         pil = Image.of(image).pil
         if pil is None:
             raise ImageError("the image has codes but no pixels: decode it, or use its codes")
-        crop = _check_mode(mode or self.mode) == "crop"
-        return (cropped if crop else fitted)(pil, self.resolution)
+        make_square = cropped if _check_mode(mode or self.mode) == "crop" else fitted
+        return make_square(pil, self.resolution)
 
     def _check_size(self, height: int, width: int) -> None:
         stride = self.vqgan.config.stride
@@ -162,8 +162,8 @@ class ImageTokenizer:
         pixels_nCYX = torch.stack([self.preprocess(image, mode) for image in images])
         vqgan, dtype = self.vqgan, self.vqgan.codewords.dtype
         pixels_nCYX = pixels_nCYX.to(self.device, dtype)
-        plain = self.encode_precision == "fp32" and not self.compiled
-        if plain or isinstance(vqgan, MissingVQGAN):
+        is_exact = self.encode_precision == "fp32" and not self.compiled
+        if is_exact or isinstance(vqgan, MissingVQGAN):
             return vqgan.encode(pixels_nCYX)
         with self._autocast(self.encode_precision):
             latents_nCyx = self._network(vqgan).latents(pixels_nCYX)
@@ -188,23 +188,23 @@ class ImageTokenizer:
     def _autocast(self, precision: str) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def _network(self, vqgan: VQGAN) -> VQGAN | _Compiled:
+    def _network(self, vqgan: VQGAN) -> VQGAN | _CompiledNetwork:
         """The VQ-GAN, or its compiled form."""
         if not self.compiled:
             return vqgan
         if self._compiled_network is None or self._compiled_network.vqgan is not vqgan:
-            self._compiled_network = _Compiled(vqgan)
+            self._compiled_network = _CompiledNetwork(vqgan)
         return self._compiled_network
 
 
-class _Compiled:
+class _CompiledNetwork:
     """Both directions of a network, each compiled by torch as one graph."""
 
     def __init__(self, vqgan: VQGAN) -> None:
         self.vqgan = vqgan
-        compiled: Any = partial(torch.compile, fullgraph=True)
-        self.latents: Callable[[Tensor], Tensor] = compiled(vqgan.latents)
-        self.pixels: Callable[[Tensor], Tensor] = compiled(vqgan.pixels)
+        compile_graph: Any = partial(torch.compile, fullgraph=True)
+        self.latents: Callable[[Tensor], Tensor] = compile_graph(vqgan.latents)
+        self.pixels: Callable[[Tensor], Tensor] = compile_graph(vqgan.pixels)
 
 
 def _check_mode(mode: Any) -> Mode:
@@ -221,14 +221,15 @@ def _is_single(images: Any) -> bool:
 
 
 def _check_codes(codes: Any) -> Tensor:
+    """The codes as int64. Raises `ImageError` unless they are whole numbers [n, h, w]."""
     try:
         tensor: Tensor = torch.as_tensor(codes)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ImageError(
             f"an object of type {type(codes).__name__} holds no codes: give whole numbers [n, h, w]"
         ) from None
-    whole = not (tensor.is_floating_point() or tensor.is_complex())
-    if tensor.ndim != 3 or not whole or 0 in tensor.shape[1:]:
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    if tensor.ndim != 3 or not is_whole or 0 in tensor.shape[1:]:
         raise ImageError(
             f"codes of shape {tuple(tensor.shape)} and type {tensor.dtype} cannot be decoded: "
             "give whole numbers [n, h, w]"
@@ -250,15 +251,19 @@ def cropped(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
 def _crop_long_strip(
     image: PIL.Image.Image, side: int, area: tuple[int, ...], size: tuple[int, int]
 ) -> PIL.Image.Image:
-    """The crop of a long strip without resizing all of it; values may differ in the last bit."""
-    lengths, sizes = image.size * 2, size * 2
-    box = [min(edge * n / m, n) for edge, n, m in zip(area, lengths, sizes, strict=True)]
+    """`area` of the strip resized to `size`, without resizing all of it; values may differ in the
+    last bit."""
+    # The same area in pixels of the image as it is: left, top, right, bottom.
+    box = [
+        min(edge * length / resized_length, length)
+        for edge, length, resized_length in zip(area, image.size * 2, size * 2, strict=True)
+    ]
     resample = PIL.Image.Resampling.LANCZOS
     return image.resize((side, side), resample, box=(box[0], box[1], box[2], box[3]))
 
 
 def fitted(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
-    """The whole image in the middle of a white square, resized."""
+    """The whole image in the middle of a white square, resized to `side` pixels."""
     if max(image.size) > MAX_SQUARE:
         image = image.copy()
         image.thumbnail((MAX_SQUARE, MAX_SQUARE), PIL.Image.Resampling.LANCZOS)

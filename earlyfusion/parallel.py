@@ -13,7 +13,7 @@ Two other files say how a model is split, because they need other splits in othe
 `hf/tensor_parallel.py` has transformers' plan.
 """
 
-# Shapes: B rows, T tokens, D model width, V vocabulary, P positions.
+# Shapes: B rows, T tokens, D model width, V vocabulary, P positions, S slices of the vocabulary.
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class ParallelConfig:
             )
         if self.tensor < 1 or self.shard < 0:
             raise SettingError(
-                f"tensor={self.tensor} and shard={self.shard}: tensor must be at least 1, "
-                f"shard at least 0"
+                f"tensor={self.tensor} must be at least 1 and shard={self.shard} at least 0"
             )
 
     def sizes(self, processes: int) -> tuple[int, int, int]:
-        """(replicas, shard, tensor) for this number of processes."""
+        """(replicas, shard, tensor) for this number of processes. Raises `SettingError` if they
+        cannot be divided so."""
         per_copy = self.tensor * (self.shard or max(1, processes // self.tensor))
         if processes % per_copy:
             raise SettingError(
@@ -212,8 +212,8 @@ def _by_heads() -> ParallelStyle:
     class ByHeads(ParallelStyle):
         def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
             # torch annotates both hooks as returning None, but uses their results.
-            before, after = cast(Any, from_local), cast(Any, to_local)
-            return distribute_module(module, device_mesh, split, before, after)
+            input_hook, output_hook = cast(Any, from_local), cast(Any, to_local)
+            return distribute_module(module, device_mesh, split, input_hook, output_hook)
 
     return ByHeads()
 
@@ -248,10 +248,10 @@ def checkpoint_activations(model: Transformer, mode: str, every: int = 1) -> Non
     if mode == "none":
         return
     for block in model.model.layers[::every]:
-        selective: dict[str, Any] = {}
+        options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
-            selective["context_fn"] = partial(create_selective_checkpoint_contexts, _save_policy)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_policy)
+        block.forward = partial(checkpoint, block.forward, **options)
 
 
 @cache
@@ -259,11 +259,11 @@ def _saved_operations() -> frozenset[Any]:
     """Operations whose results are cheaper to keep than to compute again."""
     from torch.nn.attention import varlen  # registers the operation of packed documents
 
-    aten, packed = torch.ops.aten, torch.ops.torch_attn
-    assert varlen
+    aten, torch_attn = torch.ops.aten, torch.ops.torch_attn
+    assert varlen  # the import is only for its effect
     return frozenset(
         (
-            packed._varlen_attn.default,
+            torch_attn._varlen_attn.default,
             aten.mm.default,
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
@@ -274,6 +274,7 @@ def _saved_operations() -> frozenset[Any]:
 
 
 def _save_policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Whether selective checkpointing keeps the result of an operation."""
     if operation in _saved_operations():
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -339,13 +340,14 @@ class VocabularySlice(NamedTuple):
     first: int
     group: dist.ProcessGroup
 
-    def combine(self, log_z_P: Tensor, chosen_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Log Z over all slices, and the logit of each target, which is 0 in all slices but one."""
-        local = torch.stack((log_z_P, chosen_P))
+    def combine(self, log_z_P: Tensor, target_logit_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Log Z over all slices, and the logit of each target, both [P]. `log_z_P` is that of this
+        slice; `target_logit_P` is 0 for the targets of other slices."""
+        local = torch.stack((log_z_P, target_logit_P))
         slices = [torch.empty_like(local) for _ in range(self.group.size())]
         dist.all_gather(slices, local, group=self.group)
-        log_z, chosen = torch.stack(slices, 1).unbind(0)
-        return log_z.logsumexp(0), chosen.sum(0)
+        log_z_SP, target_logit_SP = torch.stack(slices, 1).unbind(0)
+        return log_z_SP.logsumexp(0), target_logit_SP.sum(0)
 
 
 def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, VocabularySlice | None]:

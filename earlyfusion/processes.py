@@ -29,6 +29,7 @@ def count() -> int:
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -39,37 +40,39 @@ def join(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world_size = next(rendezvous("env://"))
     prefix = _hand_out_prefix(store, world_size) if rank == 0 else _receive_prefix(store, rank)
-    fresh = PrefixStore(prefix, store)
-    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world_size)
+    prefixed_store = PrefixStore(prefix, store)
+    dist.init_process_group(backend, store=prefixed_store, rank=rank, world_size=world_size)
     atexit.register(_leave)
 
 
 def _hand_out_prefix(store: Store, world_size: int) -> str:
     """A new prefix, once all other processes have confirmed that they have it."""
     prefix = uuid4().hex
-    waiting = set(range(1, world_size))
-    while waiting:
-        for rank in sorted(waiting):
+    unconfirmed = set(range(1, world_size))
+    while unconfirmed:
+        for rank in sorted(unconfirmed):
             # This may be a dead process's token: then the answer is overwritten in the next round.
             token = store.get(f"token-{rank}").decode()
             store.set(f"prefix-{rank}", f"{token} {prefix}")
-        waiting -= {n for n in waiting if _value(store, f"confirmed-{n}") == prefix}
+        unconfirmed -= {n for n in unconfirmed if _value(store, f"confirmed-{n}") == prefix}
         time.sleep(_POLL_SECONDS)
     return prefix
 
 
 def _receive_prefix(store: Store, rank: int) -> str:
+    """The prefix of the first process, once it replies to a token drawn here."""
     token = uuid4().hex
     store.set(f"token-{rank}", token)
     while True:
-        answered, _, prefix = store.get(f"prefix-{rank}").decode().partition(" ")
-        if answered == token:
+        replied_token, _, prefix = store.get(f"prefix-{rank}").decode().partition(" ")
+        if replied_token == token:
             store.set(f"confirmed-{rank}", prefix)
             return prefix
         time.sleep(_POLL_SECONDS)
 
 
 def _value(store: Store, key: str) -> str:
+    """The value of a key; "" if it does not exist."""
     # `get` would wait for a key that does not exist.
     return store.get(key).decode() if store.check([key]) else ""
 
@@ -80,9 +83,10 @@ def _leave() -> None:
 
 
 def agree(value: Callable[[], Any]) -> Any:
-    """What `value()` returns in the first process, on all; disks may show others a later state."""
+    """What `value()` returns in the first process, in all of them. For what is read from a disk,
+    which may show the processes different states."""
     if count() == 1:
         return value()
-    shared = [value() if rank() == 0 else None]
-    dist.broadcast_object_list(shared)
-    return shared[0]
+    values = [value() if rank() == 0 else None]
+    dist.broadcast_object_list(values)
+    return values[0]

@@ -67,6 +67,7 @@ class TokenSequence:
         self._extend([token], role)
 
     def add_segment(self, tokens: list[int], speaker: str, modality: Modality) -> None:
+        """Append a segment; `speaker` is "user" or "assistant"."""
         start = len(self.ids)
         self._extend(tokens, _ROLE_OF[speaker, modality])
         self.spans.append((start, len(self.ids), modality))
@@ -95,7 +96,7 @@ class Processor:
             _check_utf8(text)
         return list(self._text_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def fewest_tokens(self, text: str) -> int:
+    def min_tokens(self, text: str) -> int:
         """A lower bound of the tokens of a text, without the time and memory of encoding it."""
         return -(-len(text) // self.longest_token)
 
@@ -204,6 +205,7 @@ class Processor:
                 )
 
     def _spell_or_reserve(self, codes: npt.ArrayLike | None) -> list[int]:
+        """The tokens of an image; `CODE` for each of them if its codes are not known yet."""
         if codes is None:
             # The image tokenizer makes every image the size of the model's own layout.
             return [CODE] * self.layout.num_tokens
@@ -242,21 +244,21 @@ def train_tokenizer(
     become one token each, in their order, for at most half of the text tokens. Their merges come
     after all others, so that the file stays an ordinary tokenizer file.
     """
-    control, alphabet = control_and_image_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(control) + len(alphabet)
-    if vocab_size < smallest:
+    first_names, alphabet = control_and_image_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
+    min_size = len(first_names) + len(alphabet)
+    if vocab_size < min_size:
         raise SettingError(
             f"vocab_size={vocab_size} is too small: {num_codes} image codes, the control tokens "
-            f"and 256 bytes take {smallest}"
+            f"and 256 bytes take {min_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     words = _split_words(tokenizer, whole_words)
-    reserved = min(len(words), (vocab_size - smallest) // 2)
+    reserved = min(len(words), (vocab_size - min_size) // 2)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - reserved,
-        special_tokens=control,  # these get the first ids, in this order
+        special_tokens=first_names,  # these get the first ids, in this order
         initial_alphabet=alphabet,
         show_progress=False,
     )
@@ -296,11 +298,11 @@ def _add_whole_words(text: str, words: Sequence[str], vocab_size: int) -> str:
 def _apply_merges(pieces: list[str], ranks: Mapping[tuple[str, ...], int]) -> list[str]:
     """The pieces after all merges that apply, the earliest first, as BPE does it."""
     while True:
-        known = [(ranks[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in ranks]
-        if not known:
+        candidates = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
+        if not candidates:
             return pieces
-        at = min(known)[1]
-        pieces = [*pieces[:at], pieces[at] + pieces[at + 1], *pieces[at + 2 :]]
+        _, i = min(candidates)
+        pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
 
 
 def _pre_tokenizer() -> Any:
@@ -360,14 +362,17 @@ def _text_only(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
-    """The bytes of each text token. Added words are not in the byte alphabet: take their names."""
+    """The bytes of each text token. The names of added words are plain text, not letters of the
+    byte alphabet."""
     byte_of = _byte_alphabet()
     text = set(vocabulary.text_tokens.tolist())
     table = {}
     for name, token in vocabulary.names.items():
         if token in text:
-            known = all(letter in byte_of for letter in name)
-            table[token] = bytes(byte_of[letter] for letter in name) if known else name.encode()
+            in_alphabet = all(letter in byte_of for letter in name)
+            table[token] = (
+                bytes(byte_of[letter] for letter in name) if in_alphabet else name.encode()
+            )
     return table
 
 
@@ -383,16 +388,18 @@ def _byte_alphabet() -> dict[str, int]:
 def _codes_in_order(
     messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None
 ) -> list[npt.ArrayLike]:
+    """The codes of each image of the messages: `codes`, or if that is None the codes that the
+    images carry. Raises `PromptError` if an image has none."""
     images = [image for message in messages for image in message.images]
-    listed = [image.codes for image in images] if codes is None else list(codes)
-    if len(listed) != len(images):
+    all_codes = [image.codes for image in images] if codes is None else list(codes)
+    if len(all_codes) != len(images):
         raise PromptError(
-            f"the messages hold {len(images)} images, with codes for {len(listed)}: "
+            f"the messages hold {len(images)} images, with codes for {len(all_codes)}: "
             "give codes for each image, in order"
         )
-    for number, value in enumerate(listed):
-        if value is None:
+    for number, codes_hw in enumerate(all_codes, 1):
+        if codes_hw is None:
             raise PromptError(
-                f"image {number + 1} of {len(listed)} has no codes: encode it before it is spelled"
+                f"image {number} of {len(all_codes)} has no codes: encode it before it is spelled"
             )
-    return [np.asarray(value) for value in listed]
+    return [np.asarray(codes_hw) for codes_hw in all_codes]

@@ -131,8 +131,8 @@ def grid_writer(path: Path) -> Callable[[PIL.Image.Image], Write]:
     `SettingError` for a format other than PNG and WEBP."""
     if path.suffix.lower() not in _FORMATS:
         raise SettingError(f"{path} is not an image file: end its name in {' or '.join(_FORMATS)}")
-    name = _FORMATS[path.suffix.lower()]
-    return lambda grid: lambda file: grid.save(file, format=name)
+    format_name = _FORMATS[path.suffix.lower()]
+    return lambda image: lambda file: image.save(file, format=format_name)
 
 
 def decode_images(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> Iterator[Image]:
@@ -161,10 +161,10 @@ class Screen:
 
     def text(self, delta: str) -> None:
         """Show more text of the model, without control characters."""
-        shown = delta.translate(_CONTROLS)
+        printable = delta.translate(_CONTROLS)
         if not self._line_open:
-            shown = shown.lstrip()
-        self._write(shown)
+            printable = printable.lstrip()
+        self._write(printable)
 
     def image_progress(self, done: int, total: int) -> None:
         """Show the progress of an image, in codes."""

@@ -13,9 +13,9 @@ from earlyfusion.errors import SettingError
 from earlyfusion.files import (
     files_under,
     next_number,
+    removed_on_failure,
     replace_folder,
     replacing,
-    unwritten_on_failure,
     write_next,
     write_whole,
 )
@@ -106,7 +106,7 @@ def test_writers_beside_each_other_get_numbers_of_their_own(tmp_path: Path) -> N
 
 
 def test_what_was_made_goes_when_the_block_fails(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), unwritten_on_failure() as made:
+    with pytest.raises(KeyboardInterrupt), removed_on_failure() as made:
         made += [write_next(tmp_path, "a", "", text("")) for _ in range(2)]
         raise KeyboardInterrupt
     assert contents(tmp_path) == {}
