@@ -190,7 +190,7 @@ def test_held_out_figures_are_those_of_codes(tmp_path: Path, device: torch.devic
     torch.manual_seed(0)
     model = VQGAN(PRESETS["tiny"].vq_config).eval().to(device)
     images = (torch.rand(5, 3, 16, 16) * 2 - 1).to(device)
-    figures = HeldOut(model, images, shown=3, batch=2)(9, tmp_path)
+    figures = HeldOut(model, images, num_shown=3, batch=2)(9, tmp_path)
     with torch.no_grad():
         codes = model.encode(images)
         decoded = model.decode(codes).clamp(-1, 1)

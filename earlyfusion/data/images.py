@@ -229,7 +229,7 @@ def to_pixels(images: Sequence[PIL.Image.Image]) -> Tensor:
 class ImageBatches:
     """Batches of cropped images: float32 [B, 3, Y, X]; batch k depends only on the seed and k.
 
-    `chosen` are the numbers of the images to use, ascending (None: all). `batch` is the number of
+    `subset` are the numbers of the images to use, ascending (None: all). `batch` is the number of
     images of a step over all processes; `share`, the rank of this process and the number of
     processes, says which block of it is made. Raises `DataError` when too many images are broken.
     """
@@ -237,7 +237,7 @@ class ImageBatches:
     def __init__(
         self,
         images: Images,
-        chosen: np.ndarray | None,
+        subset: np.ndarray | None,
         batch: int,
         crop: Crop,
         seed: int,
@@ -247,7 +247,7 @@ class ImageBatches:
         self._share = share
         self._images, self._batch, self._crop = images, batch, crop
         # The key decides the order of the images: with another one, runs could not be repeated.
-        self._epochs = Epochs(images, seed, "pictures", chosen)
+        self._epochs = Epochs(images, seed, "pictures", subset)
         self._seed, self._quarantine = seed, quarantine
 
     def __call__(self, step: int) -> Tensor:

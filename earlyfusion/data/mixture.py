@@ -160,9 +160,9 @@ class Mixture:
 
     def __call__(self, number: int) -> TokenSequence:
         name, position = self._schedule.locate(number)
-        chosen = self._sources[name]
-        parts = [p for p in self._sources.values() if p.documents is chosen.documents]
-        for part in sorted(parts, key=lambda p: p is not chosen):  # the chosen one first
+        first_part = self._sources[name]
+        parts = [p for p in self._sources.values() if p.documents is first_part.documents]
+        for part in sorted(parts, key=lambda p: p is not first_part):
             # Twice as many tries as the part has rows, which cover a whole epoch of it.
             for attempt in range(min(_TRIES, 2 * len(part))):
                 # The replacing row also comes at its regular position, because leaving it out
@@ -171,9 +171,9 @@ class Mixture:
                 if pieces:
                     # Of a long document, each epoch takes another piece.
                     return pieces[epoch % len(pieces)]
-        reason = chosen.documents.last_refusal
+        reason = first_part.documents.last_refusal
         raise DataError(
-            f"{chosen.documents.name} gives no usable document: "
+            f"{first_part.documents.name} gives no usable document: "
             + (f"mend its rows (the last one: {reason})" if reason else "raise the row length")
         )
 
@@ -183,16 +183,16 @@ class Epochs:
 
     Groups of rows are shuffled, and then the rows within each pool of a few groups, so that a
     Parquet file is read group by group. If any row is as cheap to read as the next, all rows are
-    one pool. `key` sets the order, together with the seed. `chosen` are the numbers to use,
+    one pool. `key` sets the order, together with the seed. `subset` are the numbers to use,
     ascending (None: all).
     """
 
     def __init__(
-        self, source: Numbered, seed: int, key: str, chosen: np.ndarray | None = None
+        self, source: Numbered, seed: int, key: str, subset: np.ndarray | None = None
     ) -> None:
-        self._size, self._chosen = len(source) if chosen is None else len(chosen), chosen
-        # Groups count only the rows that are chosen.
-        self._groups = [self._size] if source.is_random else _sizes(source.groups, chosen)
+        self._size, self._subset = len(source) if subset is None else len(subset), subset
+        # Groups count only the rows of the subset.
+        self._groups = [self._size] if source.is_random else _sizes(source.groups, subset)
         self._key = _hash(seed, key)
         self._pools = lru_cache(2)(self._new_pools)
 
@@ -202,10 +202,10 @@ class Epochs:
     def number(self, epoch: int, position: int) -> int:
         """The source's number of the document at `position` of an epoch."""
         index = self._index(epoch, position)
-        return index if self._chosen is None else int(self._chosen[index])
+        return index if self._subset is None else int(self._subset[index])
 
     def _index(self, epoch: int, position: int) -> int:
-        """The index among the chosen numbers of the document at `position` of an epoch."""
+        """The index within the subset of the document at `position` of an epoch."""
         pools, sizes, groups, starts = self._pools(epoch)
         pool, pool_position = pools.find(position)
         offset = permuted_index(
@@ -230,9 +230,9 @@ class ShuffledDocuments(Epochs):
     """The documents of a source, epoch after epoch, each in a different order."""
 
     def __init__(
-        self, documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
+        self, documents: Documents, seed: int, key: str, subset: np.ndarray | None = None
     ) -> None:
-        super().__init__(documents, seed, key, chosen)
+        super().__init__(documents, seed, key, subset)
         self.documents = documents
 
     def pieces(self, index: int) -> tuple[int, list[TokenSequence]]:
@@ -242,20 +242,20 @@ class ShuffledDocuments(Epochs):
 
 
 def balance_answers(
-    documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
+    documents: Documents, seed: int, key: str, subset: np.ndarray | None = None
 ) -> dict[str, tuple[float, ShuffledDocuments]]:
     """A source split by what its answers hold (text, images, both), each part with its weight.
 
     Training on far more answers of one modality teaches a model to give that one, or to withhold
     it, whatever is asked (arXiv 2405.09818, section 3.1). So all parts have the same weight, but
     none repeats its rows more than 4 times as often as without balance. Parts too small for that
-    join the largest. `chosen` are the numbers to use, ascending (None: all).
+    join the largest. `subset` are the numbers to use, ascending (None: all).
     """
     # All rows are read here (without their images) before the first step. A sample would not do:
     # each part's order is a permutation of exactly its rows, so even its first document depends on
     # how many there are. The result is stored in the run's folder, and a resumed run reads it.
     all_kinds = documents.answer_kinds()
-    numbers = np.arange(len(all_kinds)) if chosen is None else chosen
+    numbers = np.arange(len(all_kinds)) if subset is None else subset
     kind_of = all_kinds[numbers]
     kinds, weights, largest = _balanced(kind_of)
     slots = _round_to_slots(dict(zip(kinds.tolist(), weights.tolist(), strict=True)))
@@ -283,12 +283,12 @@ _ANSWER_NAMES = ("text", "images", "text and images")  # by TEXT, IMAGE, BOTH
 _MAX_REPEATS = 4  # of a row, compared with a source that is not balanced
 
 
-def _sizes(groups: Sequence[int], chosen: np.ndarray | None) -> list[int]:
-    """How many of the chosen numbers, which are ascending, each group has."""
-    if chosen is None:
+def _sizes(groups: Sequence[int], subset: np.ndarray | None) -> list[int]:
+    """How many numbers of the subset, which is ascending, are in each group."""
+    if subset is None:
         return list(groups)
     edges = np.cumsum([0, *groups])
-    return [int(size) for size in np.diff(np.searchsorted(chosen, edges))]
+    return [int(size) for size in np.diff(np.searchsorted(subset, edges))]
 
 
 Item = TypeVar("Item")

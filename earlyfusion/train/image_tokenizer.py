@@ -621,13 +621,14 @@ class HeldOut:
     """Reconstructs images that the network is not trained on, `batch` at a time, and measures the
     result in fp32. It is a `trainer.GenerateSamples`.
 
-    `images_BCYX` are on the CPU, in [-1, 1]. The first `shown` of them are written as a grid, with
-    the originals above their reconstructions; the metrics are means over all images.
-    """
+    `images_BCYX` are on the CPU, in [-1, 1]. The first `num_shown` of them are written as a grid,
+    with the originals above their reconstructions; the metrics are means over all images."""
 
-    def __init__(self, model: VQGAN, images_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:
+    def __init__(
+        self, model: VQGAN, images_BCYX: Tensor, num_shown: int = 8, batch: int = 4
+    ) -> None:
         self._model, self._images_BCYX = model, images_BCYX
-        self._shown, self._batch = shown, batch
+        self._num_shown, self._batch = num_shown, batch
 
     def __call__(self, step: int, folder: Path) -> dict[str, float]:
         if not len(self._images_BCYX):
@@ -639,16 +640,16 @@ class HeldOut:
     def _reconstruct(self, grid: Path, device: torch.device) -> dict[str, float]:
         uses_K = torch.zeros(self._model.config.num_embeddings, device=device)
         scores: list[Tensor] = []
-        shown: list[list[PIL.Image.Image]] = []
+        columns: list[list[PIL.Image.Image]] = []  # of the grid
         for batch in self._images_BCYX.split(self._batch):
             pixels = batch.to(device)
             codes = self._model.encode(pixels)
             decoded = self._model.decode(codes).float().clamp(-1, 1)
             uses_K += torch.bincount(codes.flatten(), minlength=len(uses_K))
             scores.append(torch.stack((psnr(decoded, pixels), ssim(decoded, pixels)), 1).cpu())
-            for pair in zip(batch[: self._shown - len(shown)], decoded, strict=False):
-                shown.append([to_image(image) for image in pair])
-        save_grid(grid, shown)
+            for pair in zip(batch[: self._num_shown - len(columns)], decoded, strict=False):
+                columns.append([to_image(image) for image in pair])
+        save_grid(grid, columns)
         mean_psnr, mean_ssim = torch.cat(scores).mean(0).tolist()
         return {
             "held_out_psnr": mean_psnr,

@@ -82,7 +82,7 @@ def check_warmup(config: OptimConfig, steps: int) -> str:
     final_rate = learning_rate(config, steps - 1, steps)
     return (
         f"warmup_steps={config.warmup_steps} takes all of steps={steps}: the rate ends at "
-        f"{final_rate:.2g} and does not decay, so give warmup_steps={steps // 10} or more steps"
+        f"{final_rate:.2g} and does not decay, so give warmup_steps={steps // 10}, or raise steps"
     )
 
 
