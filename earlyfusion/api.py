@@ -471,6 +471,7 @@ class Chameleon:
         adapter: str | None,
         fields: Mapping[str, Any],
     ) -> Request:
+        """`request`, for fields whose names are checked already."""
         if not isinstance(output, str) or output not in get_args(Output):
             raise SettingError.unknown("output", output, get_args(Output))
         if output in ("image", "interleaved") and not self.can_draw:
@@ -889,6 +890,8 @@ def _one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
 def _too_long_message(
     length: int, limit: int, images: int, image_tokens: int, tokens_to_generate: int
 ) -> str:
+    """The sentence for a prompt of `length` tokens, of which `images` images take
+    `image_tokens`."""
     causes = []
     if images:
         count = "1 image takes" if images == 1 else f"{images} images take"

@@ -118,6 +118,7 @@ def _job(
 
 
 def _parse_line(line: str) -> dict[str, Any]:
+    """The object of a line. Raises an `EarlyFusionError` for anything else or an unknown field."""
     try:
         entry = parse_json(line)
     except DuplicateKeyError as error:

@@ -81,6 +81,7 @@ class Conversation:
         return 2 if self._has_failed else 0
 
     def _handle(self, line: str) -> None:
+        """Execute a line, and print its error if it is wrong."""
         try:
             self._execute(line)
         except EarlyFusionError as error:
@@ -104,6 +105,7 @@ class Conversation:
                 return None
 
     def _read_line(self) -> str | None:
+        """The next line, at a terminal with a prompt; None at the end of the input."""
         if not self._at_terminal:
             line = sys.stdin.readline()
             return line.strip() if line else None
@@ -136,6 +138,7 @@ class Conversation:
         return True
 
     def _execute(self, line: str) -> None:
+        """Carry out a command, or send the line to the model."""
         command, _, argument = line.partition(" ")
         self._has_warned = False
         if command in self._commands:
@@ -269,6 +272,7 @@ class ConversationFolder:
         return self.path / "conversation.json"
 
     def _check_empty(self) -> None:
+        """Raise `SettingError` if the folder holds anything."""
         try:
             is_empty = not os.path.lexists(self.path) or not any(self.path.iterdir())
         except OSError:

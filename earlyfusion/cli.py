@@ -1000,6 +1000,8 @@ def _load(
     verify: bool = True,
     cache_bytes: int | None = None,
 ) -> Chameleon:
+    """Load a model with a spinner; under torchrun, shared by all processes. `fit` overrides the
+    model's own resize mode."""
     from earlyfusion.terminal import spinner
 
     # Under torchrun several processes share one model; only the first prints.

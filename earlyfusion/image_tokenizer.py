@@ -159,6 +159,7 @@ class ImageTokenizer:
 
     @torch.no_grad()
     def _encode_batch(self, images: Sequence[Any], mode: Mode | None) -> Tensor:
+        """The codes [n, h, w] of images that go through the network together."""
         pixels_nCYX = torch.stack([self.preprocess(image, mode) for image in images])
         vqgan, dtype = self.vqgan, self.vqgan.codewords.dtype
         pixels_nCYX = pixels_nCYX.to(self.device, dtype)
@@ -172,6 +173,7 @@ class ImageTokenizer:
 
     @torch.no_grad()
     def _decode_batch(self, codes_nhw: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The pixels [n, Y, X, 3] of codes that go through the network together."""
         with self._autocast(self.precision):
             pixels = self._decode(codes_nhw.to(self.device))
         pixels = pixels.float().clamp(-1, 1)

@@ -196,6 +196,7 @@ class Processor:
         message: Message,
         remaining_codes: Iterator[npt.ArrayLike | None],
     ) -> None:
+        """Append the parts of a turn; each image takes the next of `remaining_codes`."""
         for part in message.parts:
             if isinstance(part, Text):
                 sequence.add_segment(self.encode_text(part.text), message.role, "text")

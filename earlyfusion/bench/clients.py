@@ -35,6 +35,7 @@ class Response:
 
     @property
     def complete(self) -> bool:
+        """Whether the whole body has arrived."""
         if self.length is not None:
             return self.received >= self.length
         return self.tail.endswith(b"\r\n0\r\n\r\n")
@@ -103,6 +104,7 @@ class Client(asyncio.Protocol):
             self._done.set_exception(ConnectionError("the server closed the connection"))
 
     def data_received(self, data: bytes) -> None:
+        """Called by asyncio for each piece of the response."""
         response = self._response
         if not response.status:
             self._head += data

@@ -430,6 +430,7 @@ class Meter:
             self.engine.step()
 
     def random_image(self) -> Image:
+        """An image of random pixels, so that it is in no cache."""
         side = self.model.image_tokenizer.resolution
         pixels = np.frombuffer(self._rng.randbytes(3 * side * side), dtype=np.uint8)
         return Image(PIL.Image.fromarray(pixels.reshape(side, side, 3)))

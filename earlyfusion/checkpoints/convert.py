@@ -80,8 +80,7 @@ def convert(
 
 
 class _Cast:
-    """A checkpoint in another dtype. `check` raises `CheckpointError` if a tensor read so far has
-    NaN or infinite values, before or after the conversion."""
+    """A checkpoint in another dtype, whose values are checked before and after the conversion."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
         self._dtype, self._input_check, self._output_check = dtype, FiniteCheck(), FiniteCheck()
@@ -93,6 +92,7 @@ class _Cast:
         self.source = replace(source, tensors=tensors, vq=vq)
 
     def check(self) -> None:
+        """Raise `CheckpointError` if a tensor read so far has NaN or infinite values."""
         if self._input_check.report:
             raise CheckpointError(
                 f"{self.source.folder} is damaged: {self._input_check.report}: get it again, or "
@@ -173,6 +173,7 @@ def _write(
     progress: Progress,
     check_values: Callable[[], None],
 ) -> None:
+    """Write a checkpoint and its card; `check_values` is called once all tensors are written."""
     total = sum(s.nbytes for s in (*source.tensors.values(), *source.vq.values()))
     done = 0
 
@@ -193,6 +194,7 @@ def _write(
 
 
 def _check_room(target: Path, total: int) -> None:
+    """Raise `CheckpointError` if the disk has less than `total` bytes left."""
     parent = next(p for p in target.absolute().parents if p.exists())
     # Raises `OSError` if that folder is read-only.
     tempfile.TemporaryDirectory(dir=parent).cleanup()

@@ -273,6 +273,8 @@ def _write_weights(
     count: int | None = None,
     on_bytes: OnBytes = lambda size: None,
 ) -> None:
+    """Write tensors to `count` files (None: as few as possible), with an index if there are
+    several."""
     shards = _split_into_shards(tensors, count)
     if len(shards) == 1:
         _write_safetensors(folder / WEIGHTS, tensors, on_bytes)
@@ -321,6 +323,7 @@ def _split_into_shards(tensors: Mapping[str, Stored], count: int | None) -> list
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Stored], on_bytes: OnBytes) -> None:
+    """Write a file with one tensor in memory at a time."""
     # Written by hand, because the library's writer holds all tensors of a file twice. The format:
     # 8 bytes with the length of a JSON header, the header, the values.
     ordered = sorted(tensors.items(), key=lambda entry: (-entry[1].dtype.itemsize, entry[0]))

@@ -333,6 +333,7 @@ def _table(layers: int) -> dict[str, Rule]:
 
 
 def _shard_paths(folder: Path, count: int) -> list[Path]:
+    """The weight files in order; `count` is the number of shards that the config names."""
     whole = folder / "consolidated.pth"
     paths = [whole] if whole.is_file() else sorted(folder.glob("consolidated.*.pth"))
     expected = [f"consolidated.{rank:02}.pth" for rank in range(len(paths))]
@@ -359,6 +360,7 @@ def inner_width(params: Mapping[str, Any]) -> int:
 
 
 def _vq_config(path: Path) -> VQConfig:
+    """The VQ-GAN's shape from vqgan.yaml, in the names of Esser et al. 2021."""
     try:
         params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
         shape = params["ddconfig"]
@@ -390,6 +392,7 @@ def _generation_defaults(folder: Path) -> dict[str, Any]:
 
 
 def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) -> None:
+    """Write one weight file: each tensor is read whole and split."""
     config, tensors = source.config, {}
     for name, rule in _table(config.num_hidden_layers).items():
         part = rule.split(source.tensors[rule.name].read(), shard, config)
@@ -519,6 +522,7 @@ def width_params(dim: int, width: int) -> dict[str, Any]:
 
 
 def _vq_params(config: VQConfig) -> dict[str, Any]:
+    """The inverse of `_vq_config`: the `params` of vqgan.yaml."""
     return {
         "embed_dim": config.embed_dim,
         "n_embed": config.num_embeddings,

@@ -48,6 +48,8 @@ def make_on_ray(job: Job, shards: list[int], workers: int) -> Iterator[dict[str,
 
 
 class _Actor:
+    """A process of the cluster: makes one shard per row of the Ray data set."""
+
     def __init__(self, job: Job) -> None:
         self._maker = ShardMaker(job)
 

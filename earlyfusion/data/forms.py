@@ -115,6 +115,7 @@ _KEYS = {
 
 
 def _pair(row: Mapping[str, Any], image_first: bool, plain: bool) -> Example:
+    """An image and its caption: a prompt and its answer, or if `plain` a plain document."""
     image = _image_ref(next(row[key] for key in _IMAGE_KEYS if row.get(key) is not None))
     caption = next(row[key] for key in _CAPTION_KEYS if row.get(key) is not None)
     # Of several captions of one image, as in COCO, take the first.
@@ -132,6 +133,7 @@ def _messages(row: Mapping[str, Any]) -> list[Turn]:
 
 
 def _prompt(row: Mapping[str, Any]) -> list[Turn]:
+    """The turns of `prompt` and `completion`; either may be a text or a list of messages."""
     roles = {"prompt": "user", "completion": "assistant"}
     messages = [
         message
@@ -148,6 +150,7 @@ def _conversations(row: Mapping[str, Any]) -> list[Turn]:
 
 
 def _interleaved(row: Mapping[str, Any]) -> list[Turn]:
+    """A plain document of texts and images in order."""
     texts, images = _as_list(row["texts"], "texts"), _as_list(row["images"], "images")
     if len(texts) != len(images):
         raise DataError(f"there are {len(texts)} texts but {len(images)} images: pad with null")
@@ -236,6 +239,7 @@ def _split_at_markers(text: str, images: Iterator[ImageRef]) -> Iterator[Part]:
 
 
 def _part(item: Any, images: Iterator[ImageRef]) -> list[Part]:
+    """The parts of one item of a message's content; a marker takes the next of `images`."""
     if isinstance(item, str):
         return list(_split_at_markers(item, images))
     part_type = item.get("type") if isinstance(item, Mapping) else None

@@ -124,6 +124,7 @@ class TokenShards:
         return np.concatenate([table[:, 2].astype(np.uint8) for table in tables])
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a shard, and its table of documents."""
         # Checked at the first read, not at opening, which must not read a large corpus whole.
         for file, expected in self._shards[shard]["files"].items():
             if not (self._folder / file).is_file() or checksum(self._folder / file) != expected:

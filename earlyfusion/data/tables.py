@@ -170,6 +170,7 @@ class TarRows:
         return self._images.read(name)
 
     def _row(self, number: int, contents: Callable[[int], bytes]) -> dict[str, Any]:
+        """Row `number`; `contents` returns the bytes of a member by its index."""
         first, last = (int(self._index["first"][n]) for n in (number, number + 1))
         members = {str(self._index["suffix"][m]): contents(m) for m in range(first, last)}
         row: dict[str, Any] = {}
@@ -394,6 +395,7 @@ def _index_key(path: Path) -> str:
 
 
 def _index_json(path: Path) -> Index:
+    """The byte span of each row of JSONL or of a JSON array."""
     # The first character tells a JSON array from JSONL.
     with path.open("rb") as file:
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
@@ -489,6 +491,7 @@ def _open_arrow(path: Path) -> Any:
 
 
 def _pyarrow(path: Path) -> Any:
+    """The library, imported; raises `DataError` if it is not installed."""
     try:
         import pyarrow
         import pyarrow.compute
@@ -532,6 +535,7 @@ def _match_end(pattern: re.Pattern[str], text: str, start: int) -> int:
 
 
 def _index_tar(path: Path) -> Index:
+    """The suffix, offset and size of each member, and the first member of each sample."""
     keys, suffixes, offsets, sizes = [], [], [], []
     try:
         # "r:" refuses a compressed tar, in whose members one cannot seek.
@@ -625,6 +629,7 @@ def _open_parquet(path: Path) -> Any:
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
+    """The row in the bytes of a JSON object. Raises `DataError`."""
     try:
         row = parse_json(data)
     except DuplicateKeyError as error:

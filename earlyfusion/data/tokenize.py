@@ -101,6 +101,7 @@ def _make_shards(
 
 
 def _make_in_processes(job: Job, shards: list[int], workers: int) -> Iterator[dict[str, Any]]:
+    """The notes of shards, as processes finish them."""
     # Not by fork, which torch's threads do not survive.
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
@@ -181,6 +182,7 @@ def _finish(out: Path, head: dict[str, Any], notes: list[dict[str, Any]]) -> Non
 
 
 def _summary(out: Path, made_now: int) -> Summary:
+    """The summary of a finished folder."""
     index = read_index(out)
     return Summary(
         path=out,

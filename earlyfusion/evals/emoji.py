@@ -436,6 +436,7 @@ def check_card(path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command of this file; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m earlyfusion.evals.emoji", description="Measure a model on the emoji data."
     )

@@ -77,6 +77,7 @@ def run(name: str, overrides: list[str]) -> None:
 
 
 def _run(recipe: Recipe, config: Any, name: str, overrides: list[str]) -> None:
+    """Run a recipe with its folder locked and noted in `run.json`, and print how to continue it."""
     from earlyfusion.train import folder
 
     out, steps = _folder_and_steps(config)

@@ -62,6 +62,7 @@ def changed(pixels_BCYX: Tensor, config: ChangeConfig, generator: torch.Generato
 
 
 def _moved(pixels_BCYX: Tensor, config: ChangeConfig, u_B4: Tensor) -> Tensor:
+    """The images turned, scaled and shifted, in one interpolation."""
     if not (config.shift or config.scale or config.turn):
         return pixels_BCYX
     spread_B4 = u_B4 * 2 - 1
@@ -76,6 +77,7 @@ def _moved(pixels_BCYX: Tensor, config: ChangeConfig, u_B4: Tensor) -> Tensor:
 
 
 def _recoloured(pixels_BCYX: Tensor, config: ChangeConfig, u_B6: Tensor) -> Tensor:
+    """The images in other colours; some of them in grey."""
     if not (config.contrast or config.tint or config.grey):
         return pixels_BCYX
     spread_B6 = u_B6 * 2 - 1

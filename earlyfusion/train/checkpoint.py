@@ -103,6 +103,7 @@ class Saver:
         return _finished_future()
 
     def _write_shards(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
+        """Write this process's shards; the future is done once they are on disk."""
         from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
         flat, writer = dict(_flatten(tensors)), _writer(partial / SHARDS)
@@ -210,6 +211,7 @@ def _crc32(path: Path) -> str:
 
 
 def _writer(folder: Path) -> Any:
+    """A writer of shards (`torch.distributed.checkpoint`) into this folder."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     class Writer(FileSystemWriter):
@@ -451,6 +453,7 @@ def _read_shards(folder: Path, prefix: str) -> dict[str, Any]:
 
 
 def _reader(folder: Path) -> Any:
+    """A reader of the shards in this folder, which reads their index safely."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 

@@ -70,6 +70,7 @@ def draw_charts(
 
 
 def _chart(title: str, lines: Mapping[str, Points], logarithmic: bool) -> Image.Image:
+    """One chart: three grid lines with their values, the first and last step, and the lines."""
     chart = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = ImageDraw.Draw(chart)
     scale = _log10 if logarithmic else float

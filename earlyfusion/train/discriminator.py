@@ -86,6 +86,7 @@ def check_side(layers: int, side: int) -> None:
 
 
 def _network(layers: int, width: int) -> nn.Sequential:
+    """The network that maps images to a score per patch, [B, 1, y, x]."""
     modules: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
     inputs = width
     for depth in range(1, layers + 1):

@@ -82,6 +82,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _acquire(file: TextIO, folder: Path) -> None:
+    """Lock the file, and write into it which process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,6 +99,7 @@ def _acquire(file: TextIO, folder: Path) -> None:
 
 
 def _open_lock(folder: Path) -> TextIO:
+    """The open lock file of a folder, both created if they are missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK).touch()

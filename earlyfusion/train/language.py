@@ -145,6 +145,7 @@ class BatchPrefetcher:
         self._next: Future[tuple[PackedBatch, int]] | None = None
 
     def next(self) -> PackedBatch:
+        """The next batch, on the device; an error of its preparation is raised here."""
         future = self._next or self._pool.submit(self._prepare)
         self._next = None  # so that an error is raised only once
         batch, self.cursor = future.result()

@@ -337,6 +337,7 @@ class WeightAverage:
         return dict(zip(self._names, self._means, strict=True))
 
     def load_state(self, tensors: dict[str, Tensor], count: int) -> None:
+        """Restore what `state` returned, after `count` updates."""
         self.count = count
         for name, mean in zip(self._names, self._means, strict=True):
             mean.copy_(tensors[name])

@@ -174,6 +174,7 @@ class _Training:
         self._note_ineffective_settings()
 
     def loop(self) -> None:
+        """Train to the last step, or until `minutes` or the validation end the run."""
         run = self.run
         last = min(run.steps, run.stop_after or run.steps)
         # A new run takes one step even if no time is left, so that it leaves a checkpoint.
@@ -327,6 +328,7 @@ class _Training:
     # ---- checkpoints
 
     def _save(self) -> None:
+        """Write the checkpoint of the steps so far."""
         tensors, state = self.task.state()
         state |= {"run": _as_json(self.run), "optim": _as_json(self.optim)}
         state |= {"watch": self.watch.state(), "seconds": self.pace.seconds}

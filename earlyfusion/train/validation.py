@@ -44,10 +44,12 @@ class Validation:
         return 0 < self._patience <= self._checks_since_best
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, for JSON."""
         best = {"loss": self.best_loss, "step": self.best_step} if self.best_step else {}
         return best | {"in_vain": self._checks_since_best}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         self.best_loss = float(state.get("loss", math.inf))
         self.best_step = int(state.get("step", 0))
         self._checks_since_best = int(state.get("in_vain", 0))
