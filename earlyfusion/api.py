@@ -190,10 +190,7 @@ class Chameleon:
         `CheckpointError` and `SettingError`.
         """
         _check_path("name", name)
-        for option, folder in (("adapter", adapter), *_named_folders(adapters)):
-            if folder is not None:
-                _check_path(option, folder)
-            _check_adapter(folder, tensor_parallel)
+        _check_adapters(adapter, adapters, tensor_parallel)
         single_process = tensor_parallel == 1
         if not single_process:
             _check_no_gpu_number(device)
@@ -798,13 +795,21 @@ def _check_path(name: str, value: object) -> None:
         )
 
 
-def _named_folders(adapters: object) -> list[tuple[str, Any]]:
-    """The folders of `adapters`, each with the name of that option."""
+def _check_adapters(adapter: object, adapters: object, tensor_parallel: int) -> None:
+    """Raise `SettingError` unless these are paths of folders, for a model in one process."""
     if not isinstance(adapters, Mapping | None):
         raise SettingError(
             f"adapters is a {type(adapters).__name__}: give a dict of names and folders"
         )
-    return [("adapters", folder) for folder in (adapters or {}).values()]
+    folders = [] if adapter is None else [("adapter", adapter)]
+    folders += [("adapters", folder) for folder in (adapters or {}).values()]
+    for option, folder in folders:
+        _check_path(option, folder)
+        if tensor_parallel > 1:
+            raise SettingError(
+                f"adapter={str(folder)!r} cannot be added to a model on several processes: "
+                "use tensor_parallel=1, or merge it first"
+            )
 
 
 def _check_no_gpu_number(device: str) -> None:
@@ -813,14 +818,6 @@ def _check_no_gpu_number(device: str) -> None:
         raise SettingError(
             f"device={device!r} is one GPU, and each process of a shared model takes its own: "
             "use auto or cuda"
-        )
-
-
-def _check_adapter(adapter: str | Path | None, tensor_parallel: int) -> None:
-    if adapter is not None and tensor_parallel > 1:
-        raise SettingError(
-            f"adapter={str(adapter)!r} cannot be added to a model on several processes: "
-            "use tensor_parallel=1, or merge it first"
         )
 
 

@@ -358,8 +358,8 @@ def _text_only(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     vocab = {name: token for name, token in vocabulary.names.items() if token in text}
     # The 256 bytes spell any text, so unk is never needed; its name is no longer in `vocab`.
     model = data["model"] | {"vocab": vocab, "unk_token": None}
-    added = [entry for entry in data.get("added_tokens") or () if entry["id"] in text]
-    return data | {"model": model, "added_tokens": added, "post_processor": None}
+    added_tokens = [entry for entry in data.get("added_tokens") or () if entry["id"] in text]
+    return data | {"model": model, "added_tokens": added_tokens, "post_processor": None}
 
 
 def _token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:

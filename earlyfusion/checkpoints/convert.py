@@ -198,10 +198,10 @@ def _check_room(target: Path, total: int) -> None:
     parent = next(p for p in target.absolute().parents if p.exists())
     # Raises `OSError` if that folder is read-only.
     tempfile.TemporaryDirectory(dir=parent).cleanup()
-    free = shutil.disk_usage(parent).free
-    if total > free:
+    free_bytes = shutil.disk_usage(parent).free
+    if total > free_bytes:
         raise CheckpointError(
-            f"{target} needs {_size_text(total)} and the disk has {_size_text(free)} left: "
+            f"{target} needs {_size_text(total)} and the disk has {_size_text(free_bytes)} left: "
             "free the disk or choose another folder"
         )
 

@@ -121,9 +121,11 @@ def _not_a_model(folder: Path) -> str:
         )
     # Releases in Meta's layout, as Anole's, have the model in models/7b beside tokenizer/.
     files = (p for n in _MODEL_FILES for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{n}"))
-    inside = sorted({path.parent for path in files})
-    if inside:
-        return f"the folder {folder} holds no model itself: give a folder in it, as {inside[0]}"
+    model_folders = sorted({path.parent for path in files})
+    if model_folders:
+        return (
+            f"the folder {folder} holds no model itself: give a folder in it, as {model_folders[0]}"
+        )
     return f"the folder {folder} holds no model: {_ACCEPTED}"
 
 

@@ -217,7 +217,9 @@ def _to_current_names(
     try:
         return anole.to_current(tensors, config)
     except RuntimeError:
-        raise CheckpointError(f"{folder} has heads of another width than its config.json") from None
+        raise CheckpointError(
+            f"{folder} has heads of another width than its config.json says: get both again"
+        ) from None
 
 
 def _expand_norm(name: str, stored: Stored, config: ModelConfig) -> Stored:

@@ -334,15 +334,15 @@ def _table(layers: int) -> dict[str, Rule]:
 
 def _shard_paths(folder: Path, count: int) -> list[Path]:
     """The weight files in order; `count` is the number of shards that the config names."""
-    whole = folder / "consolidated.pth"
-    paths = [whole] if whole.is_file() else sorted(folder.glob("consolidated.*.pth"))
+    single_file = folder / "consolidated.pth"
+    paths = [single_file] if single_file.is_file() else sorted(folder.glob("consolidated.*.pth"))
     expected = [f"consolidated.{rank:02}.pth" for rank in range(len(paths))]
-    if not paths or (paths != [whole] and [p.name for p in paths] != expected):
+    if not paths or (paths != [single_file] and [p.name for p in paths] != expected):
         raise CheckpointError(
             f"{folder} lacks consolidated.pth, or one of consolidated.00.pth, .01.pth, …: "
             "download it again"
         )
-    if paths != [whole] and len(paths) < count:
+    if paths != [single_file] and len(paths) < count:
         absent = ", ".join(f"consolidated.{rank:02}.pth" for rank in range(len(paths), count))
         raise CheckpointError(
             f"{folder} lacks {absent}: its params.json says {count} shards; download it again"
@@ -395,10 +395,10 @@ def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) 
     """Write one weight file: each tensor is read whole and split."""
     config, tensors = source.config, {}
     for name, rule in _table(config.num_hidden_layers).items():
-        part = rule.split(source.tensors[rule.name].read(), shard, config)
+        shard_tensor = rule.split(source.tensors[rule.name].read(), shard, config)
         # A copy: for a view, torch would write the whole tensor that it belongs to.
-        tensors[name] = part.clone(memory_format=torch.contiguous_format)
-        on_bytes(part.nbytes)
+        tensors[name] = shard_tensor.clone(memory_format=torch.contiguous_format)
+        on_bytes(shard_tensor.nbytes)
     tensors[_FREQUENCIES] = _frequencies(config)
     name = f"consolidated.{shard.rank:02}.pth" if shard.total > 1 else "consolidated.pth"
     torch.save(tensors, folder / name)

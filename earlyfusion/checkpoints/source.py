@@ -213,8 +213,8 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
 def find_tokenizer_file(path: Path) -> Path:
     """`path` if it is a file, else the tokenizer file in it or in its tokenizer/, under
     transformers' or Meta's name."""
-    inside = (path / part / name for part in ("", "tokenizer") for name in _TOKENIZERS)
-    file = next((name for name in (path, *inside) if name.is_file()), None)
+    names = (path / part / name for part in ("", "tokenizer") for name in _TOKENIZERS)
+    file = next((candidate for candidate in (path, *names) if candidate.is_file()), None)
     if file is None:
         raise CheckpointError(
             f"{path / TOKENIZER} is missing: copy it there from the model that this one was made "

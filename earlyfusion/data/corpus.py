@@ -116,8 +116,8 @@ class RowDocuments:
         return f"answers-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}"
 
     def _encode(self, number: int) -> _EncodedDocument | None:
-        read = self._encoder.read(self._rows, number, self._quarantine)
-        document = self._encoder.encode([read])[0]
+        row = self._encoder.read(self._rows, number, self._quarantine)
+        [document] = self._encoder.encode([row])
         if document is None:
             return None
         ids, role = np.array(document.ids, np.uint32), np.array(document.role, np.uint8)
@@ -198,8 +198,10 @@ def open_corpus(
         parts = _shuffle(documents[-1], config.balance, seed, f"source {number}", held_numbers)
         shuffled |= {name: part for name, (_, part) in parts.items()}
         weights[source] = {name: weight * share for name, (share, _) in parts.items()}
-    first, added = (_weights_of(sources, weights) for sources in (config.data, config.added))
-    stream = Mixture(shuffled, two_stages(first, added, config.added_from), seed)
+    stages = two_stages(
+        _weights_of(config.data, weights), _weights_of(config.added, weights), config.added_from
+    )
+    stream = Mixture(shuffled, stages, seed)
     for path in validation.validation_data:
         measured = open_documents(path)
         held_out.append((measured, np.arange(len(measured))))

@@ -29,6 +29,7 @@ from earlyfusion.data.mixture import Epochs
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.data.tables import SUFFIXES
 from earlyfusion.errors import DataError, ImageError, SettingError
+from earlyfusion.fields import check_at_least, check_shares
 from earlyfusion.files import expanded, files_under
 from earlyfusion.image_tokenizer import cropped
 
@@ -54,8 +55,7 @@ class ImagesConfig:
     """Largest share of images that may be broken, once 100 are read; 1: any."""
 
     def __post_init__(self) -> None:
-        if self.checked < 1:
-            raise SettingError(f"checked={self.checked} must be at least 1")
+        check_at_least(self, checked=1)
         _ = self.rows  # checks `max_broken`
 
     @property
@@ -196,11 +196,9 @@ class CropConfig:
     """Share of images that are mirrored."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.smallest <= 1 or not 0 <= self.mirror <= 1:
-            raise SettingError(
-                f"smallest={self.smallest} and mirror={self.mirror} are shares: give smallest "
-                "above 0 to 1, mirror 0 to 1"
-            )
+        if not 0 < self.smallest <= 1:
+            raise SettingError(f"smallest={self.smallest} must be a share above 0 and at most 1")
+        check_shares(self, "mirror")
 
 
 def random_crop(

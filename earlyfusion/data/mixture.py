@@ -100,7 +100,8 @@ class Schedule:
     def __init__(self, stages: Sequence[Stage], seed: int) -> None:
         self._stages = sorted(stages, key=lambda stage: stage.start)
         if not stages or self._stages[0].start != 0:
-            raise SettingError("the first stage must start at document 0")
+            first = self._stages[0].start if stages else "missing"
+            raise SettingError(f"the start of the first stage is {first}: give a stage of start 0")
         # Per stage: source -> number of documents in every cycle.
         self._slots = [_slots(stage.weights) for stage in self._stages]
         self._cycle = lru_cache(8)(self._new_cycle)
@@ -156,7 +157,10 @@ class Mixture:
         self._sources, self._schedule = sources, Schedule(stages, seed)
         missing = {n for stage in stages for n in stage.weights} - sources.keys()
         if missing:
-            raise SettingError(f"the mixture names {sorted(missing)[0]!r}, which is not a source")
+            raise SettingError(
+                f"the mixture names {sorted(missing)[0]!r}, which is not a source: name one of "
+                f"{', '.join(sources)}"
+            )
 
     def __call__(self, number: int) -> TokenSequence:
         name, position = self._schedule.locate(number)

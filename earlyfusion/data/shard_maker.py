@@ -16,7 +16,7 @@ from earlyfusion.data.encoding import Encoder, EncodingSettings, fingerprints
 from earlyfusion.data.joined import Joined
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.data.shards import write_shard
-from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_at_least
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.processor import Processor, TokenSequence
 
@@ -41,8 +41,7 @@ class Job:
     encoding: EncodingSettings = field(default_factory=EncodingSettings)
 
     def __post_init__(self) -> None:
-        if self.rows_a_shard < 1:
-            raise SettingError(f"rows_a_shard={self.rows_a_shard} must be at least 1")
+        check_at_least(self, rows_a_shard=1)
 
 
 class ShardMaker:

@@ -55,11 +55,12 @@ class PretrainConfig(LanguageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.second_stage <= 1 or self.documents_a_row <= 0:
+        if not 0 < self.second_stage <= 1:
             raise SettingError(
-                f"second_stage={self.second_stage} must be a share over 0 and "
-                f"documents_a_row={self.documents_a_row} positive"
+                f"second_stage={self.second_stage} must be a share above 0 and at most 1"
             )
+        if self.documents_a_row <= 0:
+            raise SettingError(f"documents_a_row={self.documents_a_row} must be positive")
 
     def shape(self) -> ModelConfig:
         return self.model

@@ -246,7 +246,9 @@ def _parse(field_type: Any, name: str, text: str) -> Any:
         return _finite(field_type(text))
     except (KeyError, ValueError, TypeError):
         type_name = getattr(field_type, "__name__", str(field_type))
-        raise SettingError(f"{name}={text!r} cannot be read as {type_name}") from None
+        raise SettingError(
+            f"{name}={text!r} cannot be read as {type_name}: give one, as in the recipe's --help"
+        ) from None
 
 
 def _finite(value: Any) -> Any:

@@ -39,6 +39,7 @@ from earlyfusion.checkpoints.meta import VQ_CONFIG, open_vqgan
 from earlyfusion.config import VQConfig
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import CheckpointError, DataError, SettingError
+from earlyfusion.fields import check_at_least, check_shares
 from earlyfusion.files import expanded
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN, Level, Quantized
@@ -116,21 +117,13 @@ class VQLossConfig:
             raise SettingError(f"codebook={self.codebook!r} is unknown: choose ema or gradient")
         if self.perceptual and self.perceptual_weights is None:
             raise SettingError(
-                f"perceptual={self.perceptual} needs perceptual_weights, a file of VGG-16 weights"
+                f"perceptual={self.perceptual} needs VGG-16: give perceptual_weights=FILE, or "
+                "perceptual=0"
             )
-        if self.naming < 0 or not 0 <= self.perturb <= 1:
-            raise SettingError(
-                f"naming={self.naming} must be 0 or more and perturb={self.perturb} a share from 0 "
-                "to 1"
-            )
-        if self.match < 0 or not 0 < self.drawn <= 1 or self.first_level < 0:
-            raise SettingError(
-                f"match={self.match} and first_level={self.first_level} must be 0 or more, and "
-                f"drawn={self.drawn} a share above 0 and at most 1"
-            )
-        for name in ("revive_every", "critic_width"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, naming=0, match=0, first_level=0, revive_every=1, critic_width=1)
+        check_shares(self, "perturb")
+        if not 0 < self.drawn <= 1:
+            raise SettingError(f"drawn={self.drawn} must be a share above 0 and at most 1")
 
 
 @dataclass
@@ -192,7 +185,10 @@ def check_trainable(trainable: str, start: str, loss: VQLossConfig) -> None:
     if trainable not in TRAINABLE:
         raise SettingError(f"trainable={trainable!r} is unknown: choose {' or '.join(TRAINABLE)}")
     if trainable != "encoder" and (loss.match or loss.drawn < 1 or loss.first_level):
-        raise SettingError("match, drawn and first_level need trainable=encoder")
+        raise SettingError(
+            f"match={loss.match:g}, drawn={loss.drawn:g} and first_level={loss.first_level} need "
+            f"trainable=encoder, not {trainable}: leave them out, or train the encoder"
+        )
     if trainable == "encoder" and loss.adversarial:
         raise SettingError(
             f"adversarial={loss.adversarial:g} needs a decoder that learns: leave it out, or "

@@ -56,22 +56,18 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.kind not in OPTIMIZERS:
             raise SettingError(f"kind={self.kind!r} is unknown: choose {' or '.join(OPTIMIZERS)}")
-        if self.muon_lr <= 0 or not 0 <= self.average < 1:
-            raise SettingError(
-                f"muon_lr={self.muon_lr} must be positive and average={self.average} at least 0 "
-                f"and below 1"
-            )
         if self.decay not in _DECAYS:
             raise SettingError(f"decay={self.decay!r} is unknown: choose one of {sorted(_DECAYS)}")
-        if self.lr <= 0 or not 0 < self.final_ratio <= 1:
+        # An eps of 0 would make 0 / 0 of a weight whose gradient is 0.
+        for name in ("lr", "muon_lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise SettingError(f"{name}={getattr(self, name)} must be positive")
+        if not 0 < self.final_ratio <= 1:
             raise SettingError(
-                f"lr={self.lr} and final_ratio={self.final_ratio}: lr must be positive and "
-                f"final_ratio within (0, 1]"
+                f"final_ratio={self.final_ratio} must be a share above 0 and at most 1"
             )
-        if self.eps <= 0:  # a weight whose gradient is 0 would become 0 / 0
-            raise SettingError(f"eps={self.eps} must be positive, such as 1e-8")
         check_at_least(self, warmup_steps=0, weight_decay=0, clip=0)
-        check_shares(self, "beta1", "beta2", below_one=True)
+        check_shares(self, "beta1", "beta2", "average", below_one=True)
 
 
 def check_warmup(config: OptimConfig, steps: int) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from earlyfusion import parallel, processes
 from earlyfusion.devices import dtype_name, freed_memory_kept, resolve_device, torch_dtype
 from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.fields import check_at_least
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.train import checkpoint
 from earlyfusion.train.curves import draw_curves
@@ -89,9 +90,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.out = Path(self.out)
         self.precision = dtype_name("precision", self.precision, ("fp32", "bf16"))
-        for name in ("steps", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, steps=1, save_every=1, keep=1, log_every=1)
         if not 0 <= self.seed < 2**63:
             raise SettingError(f"seed={self.seed} must be a whole number from 0 to 2^63 - 1")
         if self.minutes < 0:

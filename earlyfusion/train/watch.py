@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import check_at_least
 
 SIGNS = ("output_norm", "top_logit", "log_z_squared")
 
@@ -33,11 +34,7 @@ class WatchConfig:
     """Factor of growth at which a sign of divergence is noted."""
 
     def __post_init__(self) -> None:
-        if self.roll_back_after < 1 or self.max_roll_backs < 0:
-            raise SettingError(
-                f"roll_back_after={self.roll_back_after} must be at least 1 and "
-                f"max_roll_backs={self.max_roll_backs} at least 0"
-            )
+        check_at_least(self, roll_back_after=1, max_roll_backs=0)
         if self.growth <= 1 or (self.spike and self.spike <= 1):
             raise SettingError(
                 f"spike={self.spike} and growth={self.growth} are factors: give more than 1, "
