@@ -673,18 +673,13 @@ class Chameleon:
         thousandth of the memory."""
         images = [i for message in messages for i in message.images if i.codes is None]
         codes = iter(self._encode_images(images) if images else ())
-        return [
-            Message(
-                message.role,
-                [
-                    Image(codes=next(codes) if part.codes is None else part.codes)
-                    if isinstance(part, Image)
-                    else part
-                    for part in message.parts
-                ],
-            )
-            for message in messages
-        ]
+
+        def without_pixels(part: Segment) -> Segment:
+            if not isinstance(part, Image):
+                return part
+            return Image(codes=next(codes) if part.codes is None else part.codes)
+
+        return [Message(m.role, [without_pixels(part) for part in m.parts]) for m in messages]
 
     def _fill_images(self, draft: TokenSequence, messages: Sequence[Message]) -> list[int]:
         """The ids of a draft of these messages, with their images encoded and spelled."""

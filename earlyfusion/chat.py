@@ -46,7 +46,7 @@ class Conversation:
         self._output_folder, self._screen = output_folder, Screen()
         self._at_terminal = sys.stdin.isatty()
         self._turns: list[Message] = []
-        self._images: list[Image] = []
+        self._next_images: list[Image] = []
         self._undo_states: list[tuple[list[Message], list[Image]]] = []
         self._saved_folder: ConversationFolder | None = None
         self._saved_turns: list[Message] = []
@@ -151,7 +151,7 @@ class Conversation:
             self._send(line)
 
     def _send(self, text: str) -> None:
-        turns = [*self._turns, Message("user", fill_placeholders(text, self._images))]
+        turns = [*self._turns, Message("user", fill_placeholders(text, self._next_images))]
         reply = answer(
             self._chameleon, turns, self._output, self._sampling, self._output_folder, self._screen
         )
@@ -160,21 +160,23 @@ class Conversation:
     def _set_state(self, turns: list[Message], images: list[Image]) -> None:
         """Set the turns, and the images for the next turn; /undo returns to the state before."""
         # New lists, as earlier states hold the old ones.
-        self._undo_states = [*self._undo_states[1 - _MAX_UNDO :], (self._turns, self._images)]
-        self._turns, self._images = turns, images
+        self._undo_states = [*self._undo_states[1 - _MAX_UNDO :], (self._turns, self._next_images)]
+        self._turns, self._next_images = turns, images
 
     def _add_image(self, typed: str) -> None:
         if not typed:
             raise SettingError("/image needs a file: give one, as in /image cat.png")
         image = Image.open(typed_path(typed))
-        self._set_state(self._turns, [*self._images, image])
+        self._set_state(self._turns, [*self._next_images, image])
         self._screen.show_image(image)
 
     def _undo(self, _: str) -> None:
         if not self._undo_states:
             raise SettingError("there is nothing to undo: nothing has been said yet")
-        self._turns, self._images = self._undo_states.pop()
-        waiting = f", {counted(len(self._images), 'image')} waiting" if self._images else ""
+        self._turns, self._next_images = self._undo_states.pop()
+        waiting = (
+            f", {counted(len(self._next_images), 'image')} waiting" if self._next_images else ""
+        )
         self._screen.line(f"back at {counted(len(self._turns) // 2, 'turn')}{waiting}")
 
     def _reset(self, _: str) -> None:

@@ -1025,7 +1025,6 @@ def _load(
 
 def _default_cache(summary: dict[str, Any]) -> dict[str, int]:
     """The capacity of the engine's cache on this machine, by dtype of keys and values."""
-    from earlyfusion.devices import resolve_device
     from earlyfusion.engine.cache import cache_size
 
     device, context, capacity = resolve_device("auto"), summary["context"], {}

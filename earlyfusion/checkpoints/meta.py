@@ -71,7 +71,7 @@ _PARAMS: dict[str, Any] = {
     "max_position_embeddings": int,
     "model_parallel_size": int,
 }
-_IGNORED = {_FREQUENCIES}
+_IGNORED = {_FREQUENCIES}  # computed here
 
 
 def _join_rows(shards: list[Tensor], config: ModelConfig) -> Tensor:

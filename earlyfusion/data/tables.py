@@ -82,21 +82,17 @@ class ImageFolder:
         # Rows of an untrusted data set must not show this machine's files to the model.
         if self._confined and (path.is_absolute() or ".." in path.parts):
             raise DataError(f"the image {name[:80]} lies outside the data set: leave the row out")
+        path = self._folder / path
         try:
-            path = self._folder / path
-            # Check the size before reading: a row may name any file.
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise DataError(
-                    f"the image {name[:80]} has over {MAX_FILE_BYTES:,} bytes: make it smaller"
-                )
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+            # The size is checked before reading, as a row may name any file.
+            if path.stat().st_size <= MAX_FILE_BYTES:
+                return path.read_bytes()
+        except (OSError, ValueError):  # ValueError: a null character in the name
             raise DataError(
                 f"the image {name[:80]} is not in {self._folder}: put it there, or give its folder "
                 "as images"
             ) from None
+        raise DataError(f"the image {name[:80]} has over {MAX_FILE_BYTES:,} bytes: make it smaller")
 
 
 class JsonRows:

@@ -272,21 +272,22 @@ def help_text(name: str) -> str:
     recipe = load(name)
     lines = [
         f"  {field:<28} {type_name} = {value}" + (f"\n      {meaning}" if meaning else "")
-        for field, (type_name, value, meaning) in settable(recipe.config).items()
+        for field, (type_name, value, meaning) in settable_fields(recipe.config).items()
     ]
     return "\n".join([inspect.getdoc(recipe) or name, "", "Fields:", *lines])
 
 
 def fields_of(name: str) -> dict[str, tuple[str, Any, str]]:
-    """`settable` of a recipe's config; {} if the recipe cannot be loaded."""
+    """`settable_fields` of a recipe's config; {} if the recipe cannot be loaded."""
     try:
-        return settable(load(name).config)
+        return settable_fields(load(name).config)
     except SettingError:
         return {}
 
 
-def settable(config: Any) -> dict[str, tuple[str, Any, str]]:
-    """The fields of a config by their shortest unique name: type, default and meaning."""
+def settable_fields(config: Any) -> dict[str, tuple[str, Any, str]]:
+    """The fields of a config by their shortest unique name, each with its type, default and
+    meaning."""
     paths = _field_paths(config)
     by_name = {}
     for path in paths:

@@ -73,7 +73,7 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Commit a checkpoint once it is fully written."""
+        """Commit the checkpoint in the background if it is fully written; does not wait for it."""
         if self._pending is not None and self._pending[0].done():
             self._commit_pending()
 
@@ -497,6 +497,7 @@ def _enum_member(owner: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"getattr of {owner!r} does not belong there")
 
 
+# What the index of shards may name, besides the classes of `torch.distributed.checkpoint.metadata`.
 _INDEX_NAMES = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),

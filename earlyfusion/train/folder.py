@@ -33,7 +33,7 @@ except ImportError:  # a system without flock has no lock
 NOTE, _LOCK = "run.json", ".lock"
 # Files of runs from before `run.json` existed.
 _OLD_RUN_FILES = ("metrics.jsonl", "data.json", "codes.npy")
-# Former names of classes of configs, in `run.json` of older runs, which can still be continued.
+# Class of a config -> its former name, in `run.json` of older runs, which can still be continued.
 _FORMER_NAMES = {
     "SquaresConfig": "ImageTokenizerConfig",
     "EmojiImageTokenizerConfig": "ImageTokenizerConfig",

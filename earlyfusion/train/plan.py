@@ -180,14 +180,14 @@ def activation_bytes(
     outputs = D + 2 * K * H + D + D + 2 * F + D  # of the products and of attention
     full = 2 * D  # the input of the block, in bf16
     selective = full + 2 * outputs
-    # fp32: queries and keys before and after their norm, and after rotation; bf16: all else.
+    # 4 bytes in fp32, 2 in bf16, 1 in masks.
     none = (
-        4 * 3 * heads
-        + 2 * (heads + K * H + D)
-        + 2 * (2 * D + 2 * D)
-        + 2 * 4 * F
-        + 2 * (D if config.swin_norm else 0) * 2
-        + (2 * D if dropout else 0)
+        4 * 3 * heads  # queries and keys before and after their norm, and after rotation
+        + 2 * (heads + K * H + D)  # what attention reads, and its output
+        + 2 * (2 * D + 2 * D)  # input and output of both norms
+        + 2 * 4 * F  # gate, its activation, the up projection, and their product
+        + 2 * (D if config.swin_norm else 0) * 2  # outputs of both branches, before their norms
+        + (2 * D if dropout else 0)  # masks of both dropouts
     )
     scale = config.num_hidden_layers * tokens / tensor
     return {"none": none * scale, "selective": selective * scale, "full": full * scale}

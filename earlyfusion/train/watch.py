@@ -66,12 +66,13 @@ class Watch:
     """Running mean of each of `SIGNS`."""
 
     def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Count a step as good or bad; whether it is good and may change the weights."""
+        """Count a step as good or bad. Returns whether it is good, so that it may change the
+        weights."""
         # Early losses fall too fast for their mean to tell what a spike is.
         limit = self.config.spike * self.mean if self.config.spike and self.good >= 50 else math.inf
         if math.isfinite(loss) and math.isfinite(grad_norm) and loss <= limit:
             self.good, self.in_row = self.good + 1, 0
-            rate = max(0.02, 1 / self.good)  # the mean of all at first, of about 50 later
+            rate = max(0.02, 1 / self.good)  # the mean of all losses at first, of about 50 later
             self.mean += rate * (loss - self.mean)
             return True
         if not self.in_row:
