@@ -168,11 +168,14 @@ def open_corpus(
     `run`. Raises `DataError` for sources that cannot be used, and `SettingError` for settings that
     are not possible."""
     _check_config(config, processor, length)
-    quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
-    paths = [_path_and_weight(source)[0] for source in (*config.data, *config.added)]
-    paths += validation.validation_data if validation else ()
-    encoding = _with_shards_mode(config.encoding, paths).for_model(image_tokenizer.mode)
+    validation = validation or ValidationConfig()
+    # A source in both `data` and `added` is opened once, and gets a share of each.
+    sources = list(dict.fromkeys((*config.data, *config.added)))
+    paths = [_path_and_weight(source)[0] for source in sources]
+    encoding = _with_shards_mode(config.encoding, [*paths, *validation.validation_data])
+    encoding = encoding.for_model(image_tokenizer.mode)
     encoder = Encoder(processor, image_tokenizer, encoding)
+    quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
     digests = fingerprints(processor, image_tokenizer)
 
     def open_documents(path: str) -> Documents:
@@ -183,30 +186,36 @@ def open_corpus(
         rows = open_rows(path, run / "index", config.rows)
         return RowDocuments(rows, encoder, quarantine, splitter, run / "index")
 
+    documents = [open_documents(path) for path in paths]
+    held_out = [
+        (opened, held_out_numbers(len(opened), validation.validation, seed, number))
+        for number, opened in enumerate(documents)
+    ]
+    stream = _mix(config, dict(zip(sources, held_out, strict=True)), seed)
+    measured = [open_documents(path) for path in validation.validation_data]
+    held_out += [(opened, np.arange(len(opened))) for opened in measured]
+    digest = _digest(replace(config, encoding=encoding), documents, seed, validation.validation)
+    return Corpus(stream, digest, quarantine, documents, encoding.mode, held_out)
+
+
+def _mix(
+    config: CorpusConfig, sources: Mapping[str, tuple[Documents, np.ndarray]], seed: int
+) -> Mixture:
+    """The stream of the sources, each given as its documents and the numbers of those that are held
+    out."""
     shuffled: dict[str, ShuffledDocuments] = {}
     # Per source, the weights of its parts (see `_shuffle`) by their names.
     weights: dict[str, dict[str, float]] = {}
-    documents, held_out = [], []
-    validation = validation or ValidationConfig()
-    # A source in both `data` and `added` is opened once, and gets a share of each.
-    for number, source in enumerate(dict.fromkeys((*config.data, *config.added))):
-        path, weight = _path_and_weight(source)
-        documents.append(open_documents(path))
-        held_numbers = held_out_numbers(len(documents[-1]), validation.validation, seed, number)
-        held_out.append((documents[-1], held_numbers))
+    for number, (source, (documents, held_out)) in enumerate(sources.items()):
         # By number, not by name, so that a corpus that was moved gives the same documents.
-        parts = _shuffle(documents[-1], config.balance, seed, f"source {number}", held_numbers)
+        parts = _shuffle(documents, config.balance, seed, f"source {number}", held_out)
         shuffled |= {name: part for name, (_, part) in parts.items()}
+        _, weight = _path_and_weight(source)
         weights[source] = {name: weight * share for name, (share, _) in parts.items()}
     stages = two_stages(
         _weights_of(config.data, weights), _weights_of(config.added, weights), config.added_from
     )
-    stream = Mixture(shuffled, stages, seed)
-    for path in validation.validation_data:
-        measured = open_documents(path)
-        held_out.append((measured, np.arange(len(measured))))
-    digest = _digest(replace(config, encoding=encoding), documents, seed, validation.validation)
-    return Corpus(stream, digest, quarantine, documents, encoding.mode, held_out)
+    return Mixture(shuffled, stages, seed)
 
 
 def _with_shards_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:

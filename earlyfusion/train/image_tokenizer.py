@@ -247,6 +247,16 @@ def _is_trained(name: str, trainable: str, first_level: int) -> bool:
     return trainable == "all" or name.startswith(_DECODER)
 
 
+def _freeze_parts(model: VQGAN, trainable: str, first_level: int) -> None:
+    """Freeze the parameters that are not trained."""
+    for name, parameter in model.named_parameters():
+        if not _is_trained(name, trainable, first_level):
+            parameter.requires_grad_(False)
+    if trainable == "encoder" and first_level:
+        last_frozen = cast("Level", model.encoder.down[first_level - 1])
+        last_frozen.downsample.register_forward_hook(_require_grad_of_output)
+
+
 def _require_grad_of_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
     # torch 2.13 crashes on a CPU in the backward pass of a group norm in channels_last whose input
     # needs no gradient, as the output of frozen levels does not.
@@ -304,18 +314,14 @@ class ImageTokenizerTask(Task):
         self._device = device = self._last_weight.device
         has_ema = config.codebook == "ema" and trainable == "all"
         self._ema = _EmaCodebook(model, config.ema_decay) if has_ema else None
-        for name, parameter in model.named_parameters():
-            if not _is_trained(name, trainable, config.first_level):
-                parameter.requires_grad_(False)
         # The encoder that the run began with, for `match`. A resumed run builds it in the same way,
         # before its checkpoint is loaded.
         self._first_encoder: nn.Module | None = None
         if self._encoder_only and config.match:
             first_encoder = nn.Sequential(deepcopy(model.encoder), deepcopy(model.quant_conv))
             self._first_encoder = first_encoder.requires_grad_(False)
-        if self._encoder_only and config.first_level:
-            last_frozen = cast("Level", model.encoder.down[config.first_level - 1])
-            last_frozen.downsample.register_forward_hook(_require_grad_of_output)
+        # After the copy, which must not get the hook.
+        _freeze_parts(model, trainable, config.first_level)
         # How often each code was used, with a weight that decays step by step (see `after`).
         self._uses_K = torch.zeros(model.config.num_embeddings, device=device)
         self._perceptual = _build_perceptual(config, device)
