@@ -364,9 +364,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block. An exception amid the locks of another
-    library's queue can lose a wake-up or leave a lock taken, so that the library never ends; a
-    child process that is half started would complain."""
+    """SIGINT and SIGTERM are handled only after the block. Otherwise they could raise an exception
+    anywhere in it: inside another library's queue, which then may keep a lock and hang, or while a
+    child process is half started, which then prints errors."""
     # Not blocked, as the system would then give them to another thread, and children inherit that.
     if threading.current_thread() is not threading.main_thread():
         yield

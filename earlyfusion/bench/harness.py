@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 Name = TypeVar("Name")
-Measured = TypeVar("Measured")
+Result = TypeVar("Result")
 
 OURS = "earlyfusion"
 RATES = ("tokens/s", "GB/s", "TFLOP/s")
@@ -41,11 +41,11 @@ def _synchronize(device: torch.device | None) -> None:
 
 
 def take_turns(
-    contenders: Mapping[Name, Callable[[], Measured]], rounds: int, warmup: int = 1
-) -> dict[Name, list[Measured]]:
+    contenders: Mapping[Name, Callable[[], Result]], rounds: int, warmup: int = 1
+) -> dict[Name, list[Result]]:
     """What each contender returns in each round, without the first `warmup` rounds. In every round
     all measure, one after another, so that a busy machine slows all of them alike."""
-    results: dict[Name, list[Measured]] = {name: [] for name in contenders}
+    results: dict[Name, list[Result]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, measure in contenders.items():
             value = measure()

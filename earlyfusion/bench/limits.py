@@ -29,8 +29,8 @@ class Limits:
 
 
 def measure_limits(device: torch.device, small: bool = False) -> Limits:
-    """The best of several trials; a GPU needs 5 GB, unless inputs are `small` and stay
-    in a cache."""
+    """Measure the limits, each as the best of several trials. A GPU needs 5 GB for them. `small`
+    inputs need little memory, but stay in a cache, so that the limits are not the machine's."""
     size, side = (2**30, 8192) if device.type == "cuda" else (2**28, 512)
     if small:
         size, side = 2**20, 64

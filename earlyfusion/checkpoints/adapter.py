@@ -179,7 +179,8 @@ def _linear(model: Transformer, name: str) -> nn.Linear:
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """The same numbers in another tensor object, as a back end may replace a tensor's data."""
+    """Another tensor object with the same memory, so that a back end that replaces the data of one
+    does not change the other."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), tensor.requires_grad)
     return tensor.detach()

@@ -70,13 +70,13 @@ def measure(
     data: EmojiData,
     limit: int = 300,
     seed: int = 0,
-    keep: Callable[[Numbers], None] | None = None,
+    save_report: Callable[[Numbers], None] | None = None,
 ) -> Numbers:
     """All measurements, by name; each takes at most `limit` images or questions.
 
-    `keep` is called with the report so far after each measurement, as a run may be interrupted.
-    Shares are between 0 and 1, PSNR is in dB. Raises `SettingError` if the limit is below 1.
-    """
+    `save_report` is called with the report so far after each measurement, as a run may be
+    interrupted. Shares are between 0 and 1, PSNR is in dB. Raises `SettingError` if the limit is
+    below 1."""
     if limit < 1:
         raise SettingError(f"limit={limit} must be at least 1")
     galleries: dict[str | None, Gallery] = {None: Gallery(data)}
@@ -99,8 +99,8 @@ def measure(
     started = time.monotonic()
     for name, run_measure in measures.items():
         report[name] = run_measure()
-        if keep is not None:
-            keep(report)
+        if save_report is not None:
+            save_report(report)
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
@@ -453,15 +453,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_card(args.card)
         data = EmojiData(args.data)
         model = Chameleon.load(args.model, device=args.device)
-        keep = partial(_write, args.out, args.model) if args.out else None
-        report = measure(model, data, args.limit, args.seed, keep)
+        save_report = partial(_write, args.out, args.model) if args.out else None
+        report = measure(model, data, args.limit, args.seed, save_report)
         if args.card:
             update_card(args.card, [markdown(report), requests_table(report)])
     except EarlyFusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if keep is not None:
-        keep(report)
+    if save_report is not None:
+        save_report(report)
     print("\n".join([*markdown(report), "", *requests_table(report)]))
     return 0
 

@@ -139,9 +139,9 @@ class Monitor:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The time that the block takes does not count towards the speed."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self._log_time += time.perf_counter() - begin
+        self._log_time += time.perf_counter() - start
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()

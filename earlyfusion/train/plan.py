@@ -246,8 +246,8 @@ def line(job: Job, gpus: int) -> Line:
 
 
 def _gathered_bytes(job: Job) -> int:
-    """Two blocks in bf16, the gradient of one in bf16 and fp32; the embedding and the head in bf16,
-    and their gradients if they are trained."""
+    """What FSDP has gathered at one time: two blocks in bf16 and the gradient of one in bf16 and
+    fp32; the embedding and the head in bf16, and their gradients if they are trained."""
     tables = 2 * job.model.vocab_size * job.model.hidden_size
     gradients = 2 * tables if job.trainable == "all" else 0
     blocks = 2 * 2 * parameters_of_block(job.model)
