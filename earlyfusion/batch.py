@@ -79,7 +79,7 @@ def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: st
             continue
         try:
             defaults = _with_seed(sampling, len(jobs))
-            job = _job(number, line, path.parent, output, defaults, model)
+            job = _parse_job(number, line, path.parent, output, defaults, model)
             if str(job.id) in jobs:
                 first_line = jobs[str(job.id)].line
                 raise PromptError(
@@ -99,7 +99,7 @@ def _with_seed(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
     return dict(sampling) | {"seed": None if seed is None else seed + number}
 
 
-def _job(
+def _parse_job(
     number: int, line: str, folder: Path, output: Output, defaults: dict[str, Any], model: str
 ) -> Job:
     """The job of a line; raises an `EarlyFusionError` that does not name the line."""
@@ -111,7 +111,7 @@ def _job(
         raise SettingError.unknown("output", job_output, get_args(Output))
     settings = defaults | {key: value for key, value in entry.items() if key in _SETTINGS}
     content = json.dumps([entry, job_id, job_output, settings, model], sort_keys=True)
-    turns = _turns(entry, folder)
+    turns = _parse_turns(entry, folder)
     _check_turns(turns)
     digest = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return Job(number, job_id, turns, job_output, SamplingParams(**settings), digest)
@@ -136,7 +136,7 @@ def _parse_line(line: str) -> dict[str, Any]:
     return entry
 
 
-def _turns(entry: dict[str, Any], folder: Path) -> list[tuple[Any, list[Part]]]:
+def _parse_turns(entry: dict[str, Any], folder: Path) -> list[tuple[Any, list[Part]]]:
     """The role and the parts of each turn of a line's prompt; images are paths."""
     prompt, images = entry["prompt"], entry.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):

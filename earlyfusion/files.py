@@ -161,7 +161,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` at the end, or is removed on failure. SIGTERM
     counts as a failure. A killed process leaves a hidden folder next to `folder`; nothing takes it
     for a model, and the next call for the same `folder` removes it and says so on stderr."""
-    prefix = f".{folder.name}.earlyfusion-{_machine()}."
+    prefix = f".{folder.name}.earlyfusion-{_machine_id()}."
     with _ended_by_sigterm(), _parents_of(folder) as parent:
         _remove_leftovers(folder, prefix)
         part = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -192,7 +192,7 @@ def _parents_of(path: Path) -> Iterator[Path]:
         raise
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     """A name for this machine, as processes and locks of others cannot be seen from here."""
     return blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
@@ -336,7 +336,7 @@ class DuplicateKeyError(ValueError):
 
 def parse_json(data: str | bytes) -> Any:
     """`json.loads`, but raises `DuplicateKeyError` for a key given twice."""
-    return json.loads(data, object_pairs_hook=_unique)
+    return json.loads(data, object_pairs_hook=_unique_keys)
 
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -353,7 +353,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     return data
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The dict of a JSON object's keys and values. Raises `DuplicateKeyError`."""
     data = dict(pairs)
     if len(data) < len(pairs):

@@ -68,11 +68,11 @@ def run_parts(
     minutes: float,
     method: str,
     log: Path,
-    keep: Callable[[list[Outcome]], None],
+    save: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:
     """Run the parts in order, until `minutes` are over. Besides its own seconds, a part may take
     those that later parts do not need. `method` is how processes start: "spawn", or "fork" if no
-    device is in use. Their output goes to the file `log`. `keep` is called with all outcomes after
+    device is in use. Their output goes to the file `log`. `save` is called with all outcomes after
     every row."""
     end, outcomes = time.monotonic() + 60 * minutes, list[Outcome]()
     for number, part in enumerate(parts):
@@ -85,8 +85,8 @@ def run_parts(
             outcome.status, outcome.error = "skipped", "there was no time left"
         else:
             for _ in _run(part, settings, seconds, method, log, outcome):
-                keep(outcomes)
-        keep(outcomes)
+                save(outcomes)
+        save(outcomes)
         print(line_of(outcome), flush=True)
     return outcomes
 
@@ -119,7 +119,7 @@ def _run(
             f"it took more than {seconds:.0f} s" if timed_out else _exit_reason(process.exitcode)
         )
         outcome.status = "stopped" if timed_out else "failed"
-        outcome.error = f"{reason}\n{_tail(log)}"
+        outcome.error = f"{reason}\n{_end_of_log(log)}"
 
 
 def _messages(receiver: Connection, end: float) -> Iterator[Any]:
@@ -175,7 +175,7 @@ def _exit_reason(exitcode: int | None) -> str:
     return f"its process ended by itself with status {exitcode}"
 
 
-def _tail(log: Path) -> str:
+def _end_of_log(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-_MAX_ERROR_LENGTH:]
 
 

@@ -61,7 +61,7 @@ def write_random(shape: str, folder: Path) -> ModelConfig:
         transformer = Transformer(config).to(dtype)
     transformer.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(0))
     vqgan = VQGAN(config.vq_config)
-    save_hf(folder, transformer, vqgan, _tokenizer(config), _defaults())
+    save_hf(folder, transformer, vqgan, _tokenizer_json(config), _sampling_defaults())
     return config
 
 
@@ -74,12 +74,14 @@ def random_model(shape: str, device: torch.device, dtype: str, folder: Path) -> 
     if dtype in PACKED_BITS:
         transformer = quantise(transformer, PACKED_BITS[dtype])
     file = folder / "tokenizer.json"
-    file.write_text(_tokenizer(config), encoding="utf-8")
+    file.write_text(_tokenizer_json(config), encoding="utf-8")
     grid = config.vq_config.grid
     processor = Processor(file, ImageLayout(grid, grid))
     vqgan = random_vqgan(config.vq_config, device)
     tokenizer = ImageTokenizer(vqgan, config.vq_config.resolution)
-    return Chameleon(accelerate(transformer), tokenizer, processor, _defaults()["chameleon"])
+    return Chameleon(
+        accelerate(transformer), tokenizer, processor, _sampling_defaults()["chameleon"]
+    )
 
 
 def random_transformer(
@@ -126,12 +128,12 @@ def random_images(count: int, side: int, seed: int = 0) -> torch.Tensor:
     return smooth.clamp(-1, 1)
 
 
-def _defaults() -> dict[str, dict[str, float]]:
+def _sampling_defaults() -> dict[str, dict[str, float]]:
     """Sampling from the whole distribution, with which a text rarely ends."""
     return {"chameleon": {"temperature": 1.0, "guidance_text": 3.0, "guidance_image": 1.2}}
 
 
-def _tokenizer(config: ModelConfig) -> str:
+def _tokenizer_json(config: ModelConfig) -> str:
     """A tokenizer.json for made-up words, which fill the vocabulary."""
     rng = random.Random(0)
     words = ("".join(rng.choices(_LETTERS, k=rng.randint(3, 9))) for _ in range(10**9))

@@ -150,11 +150,11 @@ def _cold_start(
         Figure("engine_first_token", "first token of a fresh engine", first, "s"),
         Figure("cold_start", "cold start to the first token", imports + load_seconds + first, "s"),
     ]
-    figures += _memory(memory_before, model.transformer.lm_head.weight.device)
-    return model, figures + _cache(model)
+    figures += _memory_figures(memory_before, model.transformer.lm_head.weight.device)
+    return model, figures + _cache_figures(model)
 
 
-def _cache(model: Chameleon) -> list[Figure]:
+def _cache_figures(model: Chameleon) -> list[Figure]:
     """The size of the engine's cache."""
     size, context = model.engine.cache_size, model.engine.context_tokens
     full_requests = size.requests(context)
@@ -166,7 +166,7 @@ def _cache(model: Chameleon) -> list[Figure]:
     ]
 
 
-def _memory(bytes_before: int | None, device: torch.device) -> list[Figure]:
+def _memory_figures(bytes_before: int | None, device: torch.device) -> list[Figure]:
     """The memory of the process, and how much of it came since there were `bytes_before`."""
     gc.collect()
     bytes_now, figures = resident_bytes(), []
@@ -256,10 +256,10 @@ class Meter:
         """Pixels to codes and back."""
         tokenizer, shape = self.model.image_tokenizer, (1, self.layout.height, self.layout.width)
         codes = torch.from_numpy(np.zeros(shape, dtype=np.int64))
-        encode = self._median(lambda: tokenizer.encode([self.random_image()]))
+        encode = self._median_seconds(lambda: tokenizer.encode([self.random_image()]))
         figures = [Figure("encode", "an image to codes", 1e3 * encode, "ms")]
         if self.model.can_draw:
-            decode = self._median(lambda: tokenizer.decode(codes))
+            decode = self._median_seconds(lambda: tokenizer.decode(codes))
             figures.append(Figure("decode", "codes to an image", 1e3 * decode, "ms"))
         return figures
 
@@ -435,7 +435,7 @@ class Meter:
         pixels = np.frombuffer(self._rng.randbytes(3 * side * side), dtype=np.uint8)
         return Image(PIL.Image.fromarray(pixels.reshape(side, side, 3)))
 
-    def _median(self, call: Callable[[], object]) -> float:
+    def _median_seconds(self, call: Callable[[], object]) -> float:
         timer = {"": partial(seconds, call, self.device)}
         return median(take_turns(timer, self.rounds)[""])
 

@@ -95,7 +95,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     config = read_json(folder / CONFIG)
     _check_plain_lora(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, value in _tensors(folder / WEIGHTS).items():
+    for key, value in _read_tensors(folder / WEIGHTS).items():
         # PEFT also stores the frozen weight of an adapted head.
         if key.endswith(".base_layer.weight"):
             continue
@@ -157,7 +157,7 @@ def with_weights(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> T
     """A copy of the model with other weights in some layers, in the dtype or the bits of the
     model's weights. All other tensors are shared with `model`."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    copy = deepcopy(model, {id(tensor): _shared(tensor) for tensor in tensors})
+    copy = deepcopy(model, {id(tensor): _alias_of(tensor) for tensor in tensors})
     for name, weight in weights:
         weight = weight.to(model.lm_head.weight.dtype)
         layer = copy.get_submodule(name)
@@ -178,7 +178,7 @@ def _linear(model: Transformer, name: str) -> nn.Linear:
     return layer
 
 
-def _shared(tensor: Tensor) -> Tensor:
+def _alias_of(tensor: Tensor) -> Tensor:
     """Another tensor object with the same memory, so that a back end that replaces the data of one
     does not change the other."""
     if isinstance(tensor, nn.Parameter):
@@ -186,7 +186,7 @@ def _shared(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError):

@@ -284,9 +284,9 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     names = [set(shard) - _IGNORED for shard in states]
     if any(other != names[0] for other in names):
         raise CheckpointError(f"the shards in {folder} hold different keys: download them again")
-    files = [MappedFile(partial(_lookup, path)) for path in paths]
+    files = [MappedFile(partial(_open_shard, path)) for path in paths]
     # Also open names without a rule: `checked` will list them as unknown.
-    table = _table(config.num_hidden_layers)
+    table = _rules(config.num_hidden_layers)
     with_rule = [name for name in table if name in names[0]]
     tensors: dict[str, Stored] = {}
     for name in [*with_rule, *sorted(names[0] - table.keys())]:
@@ -307,7 +307,7 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     return tensors
 
 
-def _lookup(path: Path) -> Callable[[str], Tensor]:
+def _open_shard(path: Path) -> Callable[[str], Tensor]:
     return torch_load(path).__getitem__
 
 
@@ -321,7 +321,7 @@ def _join_stored(shards: Sequence[Stored], join: Join, config: ModelConfig) -> S
     )
 
 
-def _table(layers: int) -> dict[str, Rule]:
+def _rules(layers: int) -> dict[str, Rule]:
     """The rule for each of Meta's names, in the order of the network."""
     embedding, *last = _MODEL_RULES.items()
     blocks = [
@@ -394,12 +394,12 @@ def _generation_defaults(folder: Path) -> dict[str, Any]:
 def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) -> None:
     """Write one weight file: each tensor is read whole and split."""
     config, tensors = source.config, {}
-    for name, rule in _table(config.num_hidden_layers).items():
+    for name, rule in _rules(config.num_hidden_layers).items():
         shard_tensor = rule.split(source.tensors[rule.name].read(), shard, config)
         # A copy: for a view, torch would write the whole tensor that it belongs to.
         tensors[name] = shard_tensor.clone(memory_format=torch.contiguous_format)
         on_bytes(shard_tensor.nbytes)
-    tensors[_FREQUENCIES] = _frequencies(config)
+    tensors[_FREQUENCIES] = _rotary_frequencies(config)
     name = f"consolidated.{shard.rank:02}.pth" if shard.total > 1 else "consolidated.pth"
     torch.save(tensors, folder / name)
 
@@ -424,7 +424,7 @@ def _write_vqgan(folder: Path, config: VQConfig, state: Mapping[str, Tensor]) ->
     torch.save({"state_dict": tensors}, folder / VQ_WEIGHTS)
 
 
-def _frequencies(config: ModelConfig) -> Tensor:
+def _rotary_frequencies(config: ModelConfig) -> Tensor:
     """The rotary frequencies, which Meta's files hold and this package computes: [head_dim / 2]."""
     steps = torch.arange(0, config.head_dim, 2).float()
     return 1.0 / config.rope_theta ** (steps / config.head_dim)

@@ -197,12 +197,12 @@ def _document_of(tokens: np.ndarray) -> TokenSequence:
     mark = np.asarray(tokens["mark"])
     role = mark & _ROLE
     starts = np.flatnonzero(mark & _STARTS_SEGMENT)
-    spans = _spans(role, starts)
+    spans = _segment_spans(role, starts)
     role[(role == CONTROL) & (mark & _IN_LOSS > 0)] = END
     return TokenSequence(tokens["id"].tolist(), role.tolist(), spans)
 
 
-def _spans(role: np.ndarray, starts: np.ndarray) -> list[tuple[int, int, Modality]]:
+def _segment_spans(role: np.ndarray, starts: np.ndarray) -> list[tuple[int, int, Modality]]:
     """The segments that begin there: each ends at the next one or at the next control token."""
     edges = np.union1d(np.flatnonzero(role == CONTROL), starts).tolist()
     end_of = dict(zip(edges, [*edges, len(role)][1:], strict=True))

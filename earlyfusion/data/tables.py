@@ -77,7 +77,7 @@ class ImageFolder:
         if "://" in name:
             raise DataError(f"the image {name[:80]} is a URL: download it and give its file")
         if name.startswith("data:"):
-            return _data_url(name)
+            return _decode_data_url(name)
         path = Path(name)
         # Rows of an untrusted data set must not show this machine's files to the model.
         if self._confined and (path.is_absolute() or ".." in path.parts):
@@ -120,7 +120,7 @@ class JsonRows:
         return self._parsed(file.read(end - start))
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
-        return _json_object(data)
+        return _parse_object(data)
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         return self._images.read(name)
@@ -139,7 +139,7 @@ class TarRows:
 
     def row(self, number: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
-            return self._row(number, partial(self._contents, file))
+            return self._row(number, partial(self._read_member, file))
 
     def outlines(self) -> Outlines:
         size = self.path.stat().st_size
@@ -147,7 +147,7 @@ class TarRows:
 
             def contents(member: int) -> bytes:
                 if _is_text(str(self._index["suffix"][member])):
-                    return self._contents(file, member)
+                    return self._read_member(file, member)
                 length = int(self._index["size"][member])
                 if int(self._index["offset"][member]) + length > size:
                     raise DataError(_TRUNCATED)
@@ -172,7 +172,7 @@ class TarRows:
         row: dict[str, Any] = {}
         for suffix, data in members.items():
             if suffix == "json":
-                row |= _json_object(data)
+                row |= _parse_object(data)
             else:
                 row[suffix] = _decode_text(data) if _is_text(suffix) else data
         # A dialogue in a tar rarely names its images: they are the image members of its sample.
@@ -181,7 +181,7 @@ class TarRows:
             row |= {"images": images} if images else {}
         return row
 
-    def _contents(self, file: BinaryIO, member: int) -> bytes:
+    def _read_member(self, file: BinaryIO, member: int) -> bytes:
         offset, size = (int(self._index[name][member]) for name in ("offset", "size"))
         file.seek(offset)
         data = file.read(size)
@@ -276,7 +276,7 @@ class CsvRows(JsonRows):
                 "that hold a delimiter or a newline"
             )
         named_cells = zip(self._names, cells, strict=True)
-        return {name: _cell(name, cell) for name, cell in named_cells if cell}
+        return {name: _parse_cell(name, cell) for name, cell in named_cells if cell}
 
 
 class ArrowRows:
@@ -464,7 +464,7 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
         raise DataError(f"{path} has the column {repeated!r} twice: rename or remove one")
 
 
-def _cell(name: str, cell: str) -> Any:
+def _parse_cell(name: str, cell: str) -> Any:
     if name not in _LISTS or not cell.lstrip().startswith("["):
         return cell
     try:
@@ -624,7 +624,7 @@ def _open_parquet(path: Path) -> Any:
         raise DataError(f"{path} is damaged or not a Parquet file: get it again") from None
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def _parse_object(data: bytes) -> dict[str, Any]:
     """The row in the bytes of a JSON object. Raises `DataError`."""
     try:
         row = parse_json(data)
@@ -644,7 +644,7 @@ def _decode_text(data: bytes) -> str:
         raise DataError("a text of the row is not UTF-8: write it again") from None
 
 
-def _data_url(name: str) -> bytes:
+def _decode_data_url(name: str) -> bytes:
     # data:image/png;base64,… is the only kind that chat protocols use.
     head, _, data = name.partition(",")
     try:

@@ -134,12 +134,12 @@ def frechet(
         )
     )
     # |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), with a symmetric product.
-    root_a = _root(cov_a)
-    cross = np.trace(_root(root_a @ cov_b @ root_a))
+    root_a = _matrix_root(cov_a)
+    cross = np.trace(_matrix_root(root_a @ cov_b @ root_a))
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def _root(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+def _matrix_root(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """The square root of a symmetric matrix without negative eigenvalues."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T

@@ -131,8 +131,8 @@ def main(config: FinetuneConfig) -> None:
     stream = PrefetchedStream(corpus.stream, config.workers) if config.workers else corpus.stream
     try:
         task = config.task(model, stream, length, loaded.processor.vocabulary.pad)
-        samples = _samples(config, model, loaded, image_tokenizer, corpus)
-        train(task, run, config.optim, samples, _validation(config, task, corpus))
+        samples = _build_samples(config, model, loaded, image_tokenizer, corpus)
+        train(task, run, config.optim, samples, _build_validation(config, task, corpus))
     finally:
         if isinstance(stream, PrefetchedStream):
             stream.close()
@@ -168,18 +168,20 @@ def _save_results(
         save_adapter(run.out / "adapter", lora.adapters(model), config.model)
         say(f"the adapter is in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
     if config.merge:
-        cards = read_card(source.folder) | {"README.md": _card(config, corpus, source.folder)}
+        cards = read_card(source.folder) | {"README.md": _model_card(config, corpus, source.folder)}
         save_model(run.out / "model", model, loaded, source, corpus.resize_mode, cards)
 
 
-def _validation(config: FinetuneConfig, task: LanguageTask, corpus: Corpus) -> Validation | None:
+def _build_validation(
+    config: FinetuneConfig, task: LanguageTask, corpus: Corpus
+) -> Validation | None:
     if not config.held_out.is_on:
         return None
     documents = held_out_documents(corpus.held_out)
     return Validation(lambda: task.measure(documents), config.held_out, config.run.save_every)
 
 
-def _samples(
+def _build_samples(
     config: FinetuneConfig,
     model: Transformer,
     loaded: LoadedModel,
@@ -247,7 +249,7 @@ def save_model(
     )
 
 
-def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
+def _model_card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
     """The model card: what the model was tuned on, then the card of the model that it began with,
     from `folder`."""
     run, parts = config.run, {"all": "all weights", "image_head": "the head's image rows"}

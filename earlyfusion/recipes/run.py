@@ -92,7 +92,7 @@ def _run(recipe: Recipe, config: Any, name: str, overrides: list[str]) -> None:
         except (KeyboardInterrupt, folder.Terminated):
             folder.say(folder.closing_message(out, command, stopped=True))
             raise
-        _end(config, out, steps, command)
+        _end_run(config, out, steps, command)
 
 
 def _folder_and_steps(config: Any) -> tuple[Path | None, int]:
@@ -106,7 +106,7 @@ def _folder_and_steps(config: Any) -> tuple[Path | None, int]:
     return (out if isinstance(out, Path) else None), 0
 
 
-def _end(config: Any, out: Path, steps: int, command: str) -> None:
+def _end_run(config: Any, out: Path, steps: int, command: str) -> None:
     """Note whether the run is finished, and print where its results are."""
     from earlyfusion.train import checkpoint, folder
 
@@ -123,10 +123,10 @@ def _end(config: Any, out: Path, steps: int, command: str) -> None:
 
 def _fields_as_text(config: Any) -> dict[str, str]:
     """Every field by its full name, as text."""
-    return {".".join(path): str(_value(config, path)) for path in _field_paths(config)}
+    return {".".join(path): str(_value_at(config, path)) for path in _field_paths(config)}
 
 
-def _value(config: Any, path: tuple[str, ...]) -> Any:
+def _value_at(config: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         config = getattr(config, name)
     return config
@@ -293,7 +293,7 @@ def settable_fields(config: Any) -> dict[str, tuple[str, Any, str]]:
     for path in paths:
         ends = [path[-count:] for count in range(1, len(path) + 1)]
         unique = [end for end in ends if sum(p[-len(end) :] == end for p in paths) == 1]
-        owner, name = _value(config, path[:-1]), path[-1]
+        owner, name = _value_at(config, path[:-1]), path[-1]
         hint = get_type_hints(type(owner))[name]
         type_name = str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
         meaning = meanings(type(owner)).get(name, "")

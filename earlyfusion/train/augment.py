@@ -56,12 +56,12 @@ def changed(pixels_BCYX: Tensor, config: ChangeConfig, generator: torch.Generato
     """The images, changed by numbers of `generator`, which is on their device."""
     # Uniform in [0, 1): 4 for the geometry, 6 for the colours, 1 for leaving the image as it is.
     u_BN = torch.rand(len(pixels_BCYX), 11, generator=generator, device=pixels_BCYX.device)
-    out = _recoloured(_moved(pixels_BCYX, config, u_BN[:, :4]), config, u_BN[:, 4:10])
+    out = _recolour(_move(pixels_BCYX, config, u_BN[:, :4]), config, u_BN[:, 4:10])
     is_unchanged_B = u_BN[:, 10] < config.unchanged
     return torch.where(is_unchanged_B[:, None, None, None], pixels_BCYX, out)
 
 
-def _moved(pixels_BCYX: Tensor, config: ChangeConfig, u_B4: Tensor) -> Tensor:
+def _move(pixels_BCYX: Tensor, config: ChangeConfig, u_B4: Tensor) -> Tensor:
     """The images turned, scaled and shifted, in one interpolation."""
     if not (config.shift or config.scale or config.turn):
         return pixels_BCYX
@@ -76,7 +76,7 @@ def _moved(pixels_BCYX: Tensor, config: ChangeConfig, u_B4: Tensor) -> Tensor:
     return F.grid_sample(pixels_BCYX - 1, grid, align_corners=False) + 1
 
 
-def _recoloured(pixels_BCYX: Tensor, config: ChangeConfig, u_B6: Tensor) -> Tensor:
+def _recolour(pixels_BCYX: Tensor, config: ChangeConfig, u_B6: Tensor) -> Tensor:
     """The images in other colours; some of them in grey."""
     if not (config.contrast or config.tint or config.grey):
         return pixels_BCYX

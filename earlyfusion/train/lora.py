@@ -45,7 +45,7 @@ class AdaptedLinear(nn.Linear):
         return super().forward(input) + self.scale * low_rank
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def to_linear(self) -> nn.Linear:
         """A plain layer with the same outputs, and with the dtype of this layer's weight."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
@@ -83,7 +83,7 @@ def merge(model: Transformer) -> None:
     weight frozen."""
     for parent, name, linear in _linears(model):
         if isinstance(linear, AdaptedLinear):
-            setattr(parent, name, linear.merged())
+            setattr(parent, name, linear.to_linear())
     if parametrize.is_parametrized(model.lm_head):
         parametrize.remove_parametrizations(model.lm_head, "weight", leave_parametrized=True)
     model.requires_grad_(True)

@@ -143,13 +143,13 @@ class _HeadLoss(torch.autograd.Function):
         grad_total = grads[0]
         if torch.is_grad_enabled():  # by `create_graph=True`, for second derivatives
             _refuse_slice(ctx.vocab_slice)
-            formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
+            formula = partial(_total_loss, targets_N, share_N, ctx.z_weight, ctx.dtype)
             input_grads = autograd_gradients(formula, tuple(inputs), grad_total)
             return *input_grads, None, None, None, None, None
         return grad_x_ND * grad_total, grad_head_VD * grad_total, None, None, None, None, None
 
 
-def _total(
+def _total_loss(
     targets_N: Tensor,
     share_N: Tensor,
     z_weight: float,

@@ -217,7 +217,7 @@ class _Training:
             wandb=run.wandb,
             quiet=processes.rank() > 0,
             flops=flops,
-            peak=partial(_peak, run, device) if flops else None,
+            peak=partial(_peak_flops, run, device) if flops else None,
             seconds_left=self.pace.seconds_left,
         )
 
@@ -453,7 +453,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = training
 
 
-def _peak(run: RunConfig, device: torch.device) -> float:
+def _peak_flops(run: RunConfig, device: torch.device) -> float:
     """Floating-point operations per second that all devices of a run can do together."""
     dtype = torch_dtype(run.precision)
     return processes.count() * (run.peak_tflops * 1e12 or matmul_peak(device, dtype))
