@@ -183,7 +183,7 @@ def test_crops_lie_within_and_do_not_enlarge() -> None:
     mirrored = random_crop(small, 8, CropConfig(smallest=0.1, mirror=1.0), rng)
     assert np.array_equal(np.asarray(mirrored), np.asarray(small)[:, ::-1])
     for wrong in ({"smallest": 0.0}, {"mirror": 2.0}):
-        with pytest.raises(SettingError, match="shares"):
+        with pytest.raises(SettingError, match="share"):
             CropConfig(**wrong)
 
 
