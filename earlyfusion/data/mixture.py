@@ -109,11 +109,11 @@ class Schedule:
         # Per stage: source -> number of its documents in earlier stages, where this one goes on.
         self._taken: list[dict[str, int]] = [{}]
         for number, stage in enumerate(self._stages[1:]):
-            self._taken.append(self._taken_by(number, stage.start))
+            self._taken.append(self._taken_until(number, stage.start))
 
     def locate(self, number: int) -> SourcePosition:
         """The source of document `number` of the mixture, and its position within that source."""
-        stage = max(i for i, stage in enumerate(self._stages) if stage.start <= number)
+        stage = max(i for i, other in enumerate(self._stages) if other.start <= number)
         slots = self._slots[stage]
         cycle, slot = divmod(number - self._stages[stage].start, _CYCLE)
         order, ranks = self._cycle(stage, cycle)
@@ -132,7 +132,7 @@ class Schedule:
             ranks[is_source] = np.arange(is_source.sum())
         return order, ranks
 
-    def _taken_by(self, stage: int, end: int) -> dict[str, int]:
+    def _taken_until(self, stage: int, end: int) -> dict[str, int]:
         """How many documents of each source come before document `end` of the mixture, where this
         stage ends."""
         slots = self._slots[stage]

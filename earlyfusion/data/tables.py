@@ -117,9 +117,9 @@ class JsonRows:
     def _row(self, file: BinaryIO, number: int) -> dict[str, Any]:
         start, end = int(self._starts[number]), int(self._ends[number])
         file.seek(start)
-        return self._parsed(file.read(end - start))
+        return self._parse_row(file.read(end - start))
 
-    def _parsed(self, data: bytes) -> dict[str, Any]:
+    def _parse_row(self, data: bytes) -> dict[str, Any]:
         return _parse_object(data)
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
@@ -209,7 +209,7 @@ class ParquetRows:
         group, index = self._rows.find(number)
         with self._lock:
             try:
-                rows: list[dict[str, Any]] = self._group(group).slice(index, 1).to_pylist()
+                rows: list[dict[str, Any]] = self._decoded_group(group).slice(index, 1).to_pylist()
             except (OSError, ValueError):
                 raise DataError(
                     f"row group {group} is damaged: get {self.path.name} again"
@@ -226,7 +226,8 @@ class ParquetRows:
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         return self._images.read(name)
 
-    def _group(self, group: int) -> Any:
+    def _decoded_group(self, group: int) -> Any:
+        """A row group, which is decoded unless it is one of the last `DECODED_GROUPS`."""
         if group not in self._decoded:
             self._decoded[group] = self._file.read_row_group(group)
             while len(self._decoded) > DECODED_GROUPS:
@@ -266,7 +267,7 @@ class CsvRows(JsonRows):
         self._names = [str(name) for name in index["names"]]
         _check_columns(path, self._names)
 
-    def _parsed(self, data: bytes) -> dict[str, Any]:
+    def _parse_row(self, data: bytes) -> dict[str, Any]:
         # newline="": newlines within quotes belong to the cell.
         lines = io.StringIO(data.decode("utf-8"), newline="")
         cells = next(_csv_reader(self.path, lines), [])

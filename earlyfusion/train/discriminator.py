@@ -47,8 +47,9 @@ class Discriminator:
         total = 0.0
         with torch.enable_grad():
             for reals, fakes in pairs:
-                real, fake = self.net(reals), self.net(fakes)
-                loss = share * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+                real_scores, fake_scores = self.net(reals), self.net(fakes)
+                hinge = F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
+                loss = share * hinge / 2
                 loss.backward()
                 total += float(loss.detach())
         parallel.average_gradients(list(self.net.parameters()), mesh)
