@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.blocks import BLOCK_SIZE
 from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.scheduler import Scheduler
 from earlyfusion.engine.static.bursts import BUCKETS, Bursts
 from earlyfusion.engine.static.grammars import MAX_GRAMMARS, Grammars
@@ -76,22 +77,44 @@ def requests(draw: st.DrawFn, processor: Processor) -> Request:
     return replace(request, stops=stops, layout=LAYOUTS[0])
 
 
+class Crowd(NamedTuple):
+    """Requests, the number of steps between one and the next, the number of tokens after which
+    each is cancelled (None: never), and the blocks of the cache."""
+
+    members: list[Request]
+    apart: list[int]
+    cancelled_after: list[int | None]
+    blocks: int
+
+
 @st.composite
-def crowds(draw: st.DrawFn, processor: Processor) -> tuple[list[Request], list[int], int]:
-    """Requests, the number of steps before each joins, and the blocks of the cache."""
+def crowds(draw: st.DrawFn, processor: Processor) -> Crowd:
     members = draw(st.lists(requests(processor), min_size=1, max_size=4))
     apart = [draw(st.integers(0, 3)) for _ in members]
-    return members, apart, draw(st.sampled_from([12, 40]))
+    limits = st.sampled_from([None, None, None, 0, 1, 7])
+    return Crowd(members, apart, [draw(limits) for _ in members], draw(st.sampled_from([12, 40])))
 
 
-def run(engine: Engine, requests: list[Request], apart: list[int]) -> list[list[int]]:
-    handles = []
-    for one, steps in zip(requests, apart, strict=True):
+def at_once(requests: list[Request]) -> Crowd:
+    return Crowd(requests, [0] * len(requests), [None] * len(requests), 0)
+
+
+def run(engine: Engine, crowd: Crowd) -> list[list[int]]:
+    handles: list[Handle] = []
+
+    def step() -> None:
+        engine.step()
+        for handle, limit in zip(handles, crowd.cancelled_after, strict=False):
+            if limit is not None and len(handle.tokens) >= limit and not handle.finished:
+                handle.cancel()
+
+    for one, steps in zip(crowd.members, crowd.apart, strict=True):
         handles.append(engine.add(one))
         for _ in range(steps):
-            engine.step()
+            step()
     while engine.busy:
-        engine.step()
+        step()
+    assert engine.used_blocks == 0
     return [handle.tokens for handle in handles]
 
 
@@ -106,35 +129,57 @@ def loop_tokens(transformer: Transformer, processor: Processor, request: Request
 
 
 def check_equality(
-    transformer: Transformer, processor: Processor, examples: int, number: int | None = None
+    transformer: Transformer,
+    processor: Processor,
+    examples: int,
+    static: bool,
+    number: int | None = None,
 ) -> None:
-    """So many crowds; a `number` always gives the same."""
+    """So many crowds; a `number` always gives the same. Each member has the tokens of the plain
+    loop, or, without the static step, those of an engine that runs it alone; a cancelled one the
+    first of them."""
     chosen = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     seeded = seed(number) if number is not None else lambda test: test
+    alone = Engine(transformer, processor, cache_bytes=200 * BLOCK)
+
+    def expected_tokens(request: Request) -> list[int]:
+        if static:
+            return loop_tokens(transformer, processor, request)
+        return run(alone, at_once([request]))[0]
 
     @seeded
     @chosen
     @given(crowds(processor))
-    def equals(crowd: tuple[list[Request], list[int], int]) -> None:
-        members, apart, blocks = crowd
-        engine = Engine(transformer, processor, cache_bytes=blocks * BLOCK, static=True)
-        expected = [loop_tokens(transformer, processor, one) for one in members]
-        assert run(engine, members, apart) == expected
+    def equals(crowd: Crowd) -> None:
+        engine = Engine(
+            transformer, processor, cache_bytes=crowd.blocks * BLOCK, static=static or None
+        )
+        replies = run(engine, crowd)
+        for request, tokens, limit in zip(
+            crowd.members, replies, crowd.cancelled_after, strict=True
+        ):
+            expected = expected_tokens(request)
+            assert tokens == (expected if limit is None else expected[: len(tokens)])
+            assert limit is None or len(tokens) >= min(limit, len(expected))
 
     equals()
 
 
-def test_any_crowd_equals_the_plain_loop(transformer: Transformer, processor: Processor) -> None:
-    check_equality(transformer, processor, 16)
+@pytest.mark.parametrize("static", [True, False])
+def test_any_crowd_equals_each_member_alone(
+    transformer: Transformer, processor: Processor, static: bool
+) -> None:
+    check_equality(transformer, processor, 16, static)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("number", range(8))
-def test_5000_crowds_equal_the_plain_loop(
-    transformer: Transformer, processor: Processor, number: int
+def test_5000_crowds_equal_each_member_alone(
+    transformer: Transformer, processor: Processor, number: int, static: bool
 ) -> None:
-    check_equality(transformer, processor, 625, number)
+    check_equality(transformer, processor, 625, static, number)
 
 
 # --- grammars ---------------------------------------------------------------------------------
@@ -238,7 +283,7 @@ def test_one_burst_samples_a_whole_row_of_an_image(
             make_request(processor, seed, "image", seed > 0, max_tokens=66)
             for seed in range(number)
         ]
-        run(Engine(transformer, processor, static=True), requests, [0] * number)
+        run(Engine(transformer, processor, static=True), at_once(requests))
         assert lengths[: len(expected)] == expected
 
 
@@ -249,7 +294,7 @@ def test_crowds_of_the_largest_bucket_and_beyond(
     requests = [make_request(processor, seed % 3, "text", max_tokens=5) for seed in range(number)]
     expected = [list(generate_tokens(transformer, processor, one)) for one in requests[:3]]
     engine = Engine(transformer, processor, static=True, chunk=10_000)  # all begin together
-    actual = run(engine, requests, [0] * number)
+    actual = run(engine, at_once(requests))
     assert actual == [expected[which % 3] for which in range(number)]
     assert engine.runner.bursts is not None
     rows = {shape.rows for shape in engine.runner.bursts._graphs.shapes}
@@ -263,7 +308,7 @@ def test_rows_freeze_where_their_blocks_end(
     monkeypatch.setattr(Scheduler, "grow", lambda *_: None)
     requests = [make_request(processor, seed, "text", max_tokens=90) for seed in range(5)]
     expected = [list(generate_tokens(transformer, processor, one)) for one in requests]
-    assert run(Engine(transformer, processor, static=True), requests, [0] * 5) == expected
+    assert run(Engine(transformer, processor, static=True), at_once(requests)) == expected
 
 
 def test_a_full_cache_takes_no_blocks_early(transformer: Transformer, processor: Processor) -> None:
@@ -272,7 +317,7 @@ def test_a_full_cache_takes_no_blocks_early(transformer: Transformer, processor:
     counts = []
     for static in (False, True):
         engine = Engine(transformer, processor, cache_bytes=14 * BLOCK, static=static)
-        run(engine, requests, [0] * 6)
+        run(engine, at_once(requests))
         counts.append(engine.preemptions)
     assert counts[1] <= counts[0]
 
@@ -294,8 +339,8 @@ def test_captured_steps_equal_called_ones(processor: Processor) -> None:
         make_request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)
     ]
     expected = [list(generate_tokens(transformer, processor, one)) for one in requests]
-    assert run(engine, requests, [0] * 12) == expected
+    assert run(engine, at_once(requests)) == expected
     before = torch.cuda.memory_stats()["num_device_alloc"]
-    assert run(engine, requests, [0] * 12) == expected
+    assert run(engine, at_once(requests)) == expected
     assert engine.runner.bursts._graphs.shapes == captured
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
