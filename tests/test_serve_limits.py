@@ -819,19 +819,43 @@ def test_a_taken_port_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> Non
     assert "there is no API key" in capsys.readouterr().err
 
 
-def test_the_command_serves_and_ends_on_sigterm() -> None:
-    command = [sys.executable, "-W", "error", "-m", "earlyfusion", "serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_the_command_serves_and_finishes_its_replies_on_sigterm() -> None:
+    process = _started()
     assert process.stdout is not None
-    line = process.stdout.readline()
-    url = line.split()[4]
-    with httpx.Client(timeout=60) as client:
-        body = {"messages": [{"role": "user", "content": "Name a fruit."}], "max_tokens": 4}
-        assert client.post(f"{url}/chat/completions", json=body).status_code == 200
-    process.send_signal(signal.SIGTERM)
-    _, logged = process.communicate(timeout=60)
+    url = process.stdout.readline().split()[4]
+    body = {"messages": [{"role": "user", "content": "Draw a cat."}], "stream": True, **LONG}
+    body["max_images"] = 3
+
+    def status_of_another() -> int:
+        fields = {"prompt": "Name a fruit.", "max_tokens": 1}
+        try:
+            reply = httpx.post(f"{url}/completions", json=fields, timeout=60)
+        except httpx.TransportError:  # the server no longer listens
+            return 503
+        return reply.status_code
+
+    try:
+        with (
+            httpx.Client(timeout=60) as client,
+            client.stream("POST", f"{url}/chat/completions", json=body) as reply,
+        ):
+            lines = reply.iter_lines()
+            first = next(lines)
+            assert status_of_another() == reply.status_code == 200
+            process.send_signal(signal.SIGTERM)
+            end = monotonic() + 30
+            while status_of_another() != 503:
+                assert monotonic() < end
+            rest = list(lines)
+        _, logged = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0
-    assert '"path": "/v1/chat/completions", "status": 200' in logged and "fruit" not in logged
+    *deltas, last, done = [event for _, event in events("\n".join([first, *rest]))]
+    assert done == "[DONE]" and last["choices"][0]["finish_reason"] in ("stop", "length")
+    images = [one for event in deltas for one in event["choices"][0]["delta"].get("images", ())]
+    assert len(images) == 3
+    assert '"path": "/v1/chat/completions", "status": 200' in logged and "a cat" not in logged
 
 
 def _started(*options: str) -> subprocess.Popen[str]:
