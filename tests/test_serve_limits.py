@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -25,8 +25,9 @@ import pytest
 from serve_case import STRAWBERRY, Running, data_url, events, image_file, mini, running
 
 from earlyfusion.cli import main
+from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import SettingError
-from earlyfusion.serve.driver import QueueFullError
+from earlyfusion.serve.driver import Driver, QueueFullError
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.run import listener_of
 
@@ -500,22 +501,47 @@ def test_a_full_server_reads_no_body(server: Running, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_blocks(server: Running, stream: bool) -> None:
-    engine = server.service.driver.engine
+def test_a_client_that_leaves_frees_its_blocks_within_a_step(
+    server: Running, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancelled() -> float:
+        page = server.get("/metrics").text
+        [line] = [line for line in page.splitlines() if "requests_cancelled_total{" in line]
+        return float(line.split()[-1])
+
+    def until(condition: Callable[[], bool]) -> None:
+        end = monotonic() + 30
+        while not condition():
+            assert monotonic() < end
+            sleep(0.005)
+
+    driver, go, made, before = server.service.driver, Event(), 0, cancelled()
+    assert isinstance(driver, Driver)
+    step = driver._step
+
+    def held_after_three(engine: Engine) -> None:
+        nonlocal made
+        if made == 3:
+            go.wait(60)
+        step(engine)
+        made += 1
+
+    monkeypatch.setattr(driver, "_step", held_after_three)
     body = {"messages": [{"role": "user", "content": "Draw a cat."}], "stream": stream, **LONG}
-    with httpx.Client(timeout=10) as client:
-        for _ in range(3):
-            if stream:
-                with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
-                    next(reply.iter_lines())
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    client.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.2)
+    text = json.dumps(body).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    try:
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head.encode() + text)
+            until(lambda: made == 3)
+            assert driver._num_admitted == 1
+        until(lambda: driver._num_admitted == 0)  # the server has noticed it
+    finally:
+        go.set()
     server.wait_until_idle()
-    assert not engine.busy and server.service.driver.waiting == 0
-    page = server.get("/metrics").text
-    [cancelled] = [line for line in page.splitlines() if "requests_cancelled_total{" in line]
-    assert float(cancelled.split()[-1]) >= 3
+    assert made <= 5 and not driver.engine.used_blocks and cancelled() == before + 1
     assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
 
 
