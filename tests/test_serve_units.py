@@ -790,6 +790,16 @@ def test_events_of_short_steps_go_together() -> None:
         assert "".join(map(text, batches)).strip() == expected.text
 
 
+def test_the_engines_process_ends_a_cancelled_request_before_its_next_step() -> None:
+    engine = mini().engine
+    child = _Child(cast(Connection, NoConnection()), engine)
+    child._commands.append((0, mini().request("Draw a cat.", "image", seed=1)))
+    assert not child._take_commands() and not child._step() and engine.used_blocks
+    child._commands.append((0, None))
+    assert not child._take_commands()
+    assert not child._handles and not engine.busy and not engine.used_blocks
+
+
 def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
     cases = [
         (QueueFullError(44, 3), 429, "queue_full", "ask again in 3 s"),
