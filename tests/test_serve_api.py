@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import PIL.Image
 import pytest
@@ -365,13 +364,12 @@ def test_the_same_reply_alone_and_among_concurrent_requests(
 
     with ThreadPoolExecutor(8) as pool:
         messages = list(pool.map(ask, range(8)))
-    for number in (0, 5, 6):
+    for number, message in enumerate(messages):
         expected = model.generate(prompts[number % 4], seed=number, temperature=1)
-        assert messages[number]["content"] == expected.text
-        images = [pixels(one["image_url"]["url"]) for one in messages[number].get("images", [])]
-        for image_a, image_b in zip(images, expected.images, strict=True):
-            # Of several images decoded together torch adds some convolutions in another order.
-            assert np.abs(np.asarray(image_a, int) - np.asarray(image_b, int)).max() <= 1
+        assert message["content"] == expected.text
+        images = [pixels(one["image_url"]["url"]) for one in message.get("images", [])]
+        assert len(images) == len(expected.images)
+        assert all(map(same, images, expected.images))
 
 
 # --- images ---
