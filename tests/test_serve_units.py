@@ -879,7 +879,7 @@ def test_engines_of_one_machine_share_the_default_cache(monkeypatch: pytest.Monk
 def test_the_time_of_an_image_begins_with_the_image_of_its_own_choice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    metrics = Metrics(MagicMock(), "mini")
+    metrics = Metrics(MagicMock(preemptions=0), "mini")
     batch = Batch(MagicMock(), 2)
     batch.requests = [cast(Request, SimpleNamespace(adapter=""))] * 2
     done = ImageDone(0, np.zeros((2, 2), np.int64))
@@ -894,3 +894,26 @@ def test_the_time_of_an_image_begins_with_the_image_of_its_own_choice(
     total = "earlyfusion:image_seconds_sum"
     [line] = [line for line in metrics.text().decode().splitlines() if line.startswith(total)]
     assert line.endswith(" 7.0")  # 4 s and 3 s
+
+
+def test_metrics_that_vllm_has_too_have_its_names_and_types() -> None:
+    driver = MagicMock(preemptions=0)
+    metrics = Metrics(driver, "mini")
+    theirs = {
+        "num_requests_running": "gauge",
+        "num_requests_waiting": "gauge",
+        "kv_cache_usage_perc": "gauge",
+        "num_preemptions_total": "counter",
+        "prompt_tokens_total": "counter",
+        "generation_tokens_total": "counter",
+        "prefix_cache_queries_total": "counter",
+        "prefix_cache_hits_total": "counter",
+        "request_success_total": "counter",
+        "time_to_first_token_seconds": "histogram",
+        "e2e_request_latency_seconds": "histogram",
+    }
+    ours = dict(re.findall(r"^# TYPE earlyfusion:(\w+) (\w+)$", metrics.text().decode(), re.M))
+    assert {name: ours.get(name) for name in theirs} == theirs
+    for driver.preemptions, total in ((2, 2), (3, 3), (1, 3), (2, 4)):  # the third is of a restart
+        line = f'\nearlyfusion:num_preemptions_total{{model_name="mini"}} {total}.0\n'
+        assert line in metrics.text().decode()

@@ -52,9 +52,6 @@ class Metrics:
         gauge("num_requests_waiting", "Admitted requests without a token.").set_function(
             lambda: driver.waiting
         )
-        gauge("num_preemptions", "Requests that gave their blocks to another.").set_function(
-            lambda: driver.preemptions
-        )
         gauge("kv_cache_usage_perc", "Share of the cache's blocks in use, 0 to 1.").set_function(
             lambda: driver.cache_usage
         )
@@ -67,6 +64,7 @@ class Metrics:
         gauge("engine_silent_seconds", "Since the engine's last heartbeat.").set_function(
             lambda: driver.silent_seconds
         )
+        self.preemptions = counter("num_preemptions", "Requests that gave their blocks to another.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.cache_queries = counter("prefix_cache_queries", "Tokens of prompts looked up.")
         self.cache_hits = counter("prefix_cache_hits", "Tokens of prompts that the cache held.")
@@ -87,7 +85,7 @@ class Metrics:
         self._errors = Counter(
             "earlyfusion:http_errors", "Error replies.", ("status",), registry=self._registry
         )
-        self._model = model
+        self._driver, self._model, self._seen_preemptions = driver, model, 0
         self._with_labels: dict[tuple[object, ...], Any] = {}
 
     def _labelled(self, metric: Metric, *labels: str) -> Metric:
@@ -132,4 +130,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """The reply of /metrics."""
+        preemptions = self._driver.preemptions
+        # The engines count them. One that is restarted begins again at 0, which a counter may not.
+        self.preemptions.labels(self._model).inc(max(preemptions - self._seen_preemptions, 0))
+        self._seen_preemptions = preemptions
         return generate_latest(self._registry)
