@@ -669,9 +669,22 @@ def test_health_follows_the_heartbeat_of_the_engine(
     monkeypatch.setattr(server.service.driver, "failures", 3)
     assert "last steps failed" in server.get("/health").json()["reason"]
     monkeypatch.undo()
-    monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", -1.0)
-    health = server.get("/health")
-    assert health.status_code == 503 and "has made no step for" in health.json()["reason"]
+    monkeypatch.setattr("earlyfusion.serve.driver.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", 1.0)
+    assert server.chat("Hi", max_tokens=2).status_code == 200
+    sleep(1.2)
+    assert server.get("/health").status_code == 200  # an idle engine is not stuck
+    go = hold(server, monkeypatch)
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(server.chat, "Hi", max_tokens=2)
+        end = monotonic() + 20
+        while (health := server.get("/health")).status_code == 200:
+            assert monotonic() < end
+            sleep(0.05)
+        assert "has made no step for" in health.json()["reason"]
+        assert health.status_code == 503 and health.json()["engine_silent_seconds"] >= 1
+        go.set()
+        assert reply.result().status_code == server.get("/health").status_code == 200
 
 
 def test_replies_do_not_wait_for_acknowledgements() -> None:

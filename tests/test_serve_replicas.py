@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,34 @@ def test_an_engine_that_is_lost_is_started_alone(server: Running) -> None:
     after = pids(server)
     assert after[0] != before[0] and after[1] == before[1]
     assert server.service.driver.restarts == 1 and server.service.driver.waiting == 0
+
+
+def test_a_server_is_stuck_when_all_its_engines_are(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent() -> list[float]:
+        name = r'^earlyfusion:engine_silent_seconds{engine="\d",model_name="mini"} (.*)$'
+        return [float(value) for value in re.findall(name, server.get("/metrics").text, re.M)]
+
+    monkeypatch.setattr("earlyfusion.serve.driver.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", 1.0)
+    first, second = pids(server)
+    with ThreadPoolExecutor() as pool:
+        try:
+            drawing = pool.submit(server.chat, "Draw a cat.", **DRAWING)
+            until(lambda: drivers_of(server)[0].running == 1)
+            os.kill(first, signal.SIGSTOP)
+            until(lambda: silent()[0] > 1.5)
+            assert silent()[1] < 1 and server.get("/health").status_code == 200
+            os.kill(second, signal.SIGSTOP)
+            naming = pool.submit(server.chat, "Name a fruit.", max_tokens=2)
+            until(lambda: server.get("/health").status_code == 503)
+            assert "has made no step for" in server.get("/health").json()["reason"]
+        finally:
+            os.kill(first, signal.SIGCONT)
+            os.kill(second, signal.SIGCONT)
+        assert drawing.result().status_code == naming.result().status_code == 200
+    assert server.get("/health").status_code == 200
 
 
 def test_the_room_of_the_queue_is_shared(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar, cast
 
@@ -16,7 +17,7 @@ from earlyfusion.generation.request import (
     TextDelta,
 )
 from earlyfusion.serve.driver import Batch
-from earlyfusion.serve.replicas import Drivers
+from earlyfusion.serve.replicas import Drivers, Replicas
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Metric = TypeVar("Metric", Counter, Histogram)
@@ -61,9 +62,14 @@ class Metrics:
         gauge("engines_ready", "Engines that take requests.").set_function(
             lambda: driver.engines_ready
         )
-        gauge("engine_silent_seconds", "Since the engine's last heartbeat.").set_function(
-            lambda: driver.silent_seconds
+        silent = Gauge(
+            "earlyfusion:engine_silent_seconds",
+            "Since the engine's last heartbeat.",
+            (*names, "engine"),
+            registry=self._registry,
         )
+        for number, one in enumerate(driver.drivers if isinstance(driver, Replicas) else [driver]):
+            silent.labels(model, str(number)).set_function(partial(getattr, one, "silent_seconds"))
         self.preemptions = counter("num_preemptions", "Requests that gave their blocks to another.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.cache_queries = counter("prefix_cache_queries", "Tokens of prompts looked up.")

@@ -117,7 +117,8 @@ class Replicas:
 
     @property
     def silent_seconds(self) -> float:
-        """Seconds since the last heartbeat of any engine."""
+        """Seconds since the last heartbeat of any engine: for /health, as the server can answer
+        while one engine can."""
         return min(driver.silent_seconds for driver in self.drivers)
 
     @property
