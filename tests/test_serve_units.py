@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import re
+import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from io import BytesIO
@@ -424,6 +426,54 @@ def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ApiError, match="redirects more than 3 times"):
         fetch.fetch_image("http://b.example/", resolve)
     assert recorded == ["a.example", "inside.example", *["b.example"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "limits", "words"),
+    [
+        ("Content-Length: 100000000", 65_536, {"MAX_BYTES": 1_000_000}, "over 1,000,000 bytes"),
+        ("Connection: close", 65_536, {"MAX_BYTES": 1_000_000}, "over 1,000,000 bytes"),
+        ("Connection: close", 1, {"SECONDS": 0.3}, "cannot be reached in time"),  # dribbles
+        (None, 1, {"SECONDS": 0.3}, "cannot be reached in time"),  # an endless head
+    ],
+)
+def test_what_is_fetched_is_limited_in_size_and_time(
+    head: str | None,
+    piece: int,
+    limits: dict[str, float],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, limit in limits.items():
+        monkeypatch.setattr(fetch, name, limit)
+    sent, ended = 0, threading.Event()
+
+    def answer(listener: socket.socket) -> None:
+        nonlocal sent
+        start = b"HTTP/1.1 200 OK\r\n" + (b"X: " if head is None else f"{head}\r\n\r\n".encode())
+        with listener.accept()[0] as client, suppress(OSError):
+            client.sendall(start)
+            end = monotonic() + 8
+            while monotonic() < end and not ended.wait(0 if piece > 1 else 0.02):
+                client.sendall(b"a" * piece)
+                sent += piece
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(fetch, "_PORTS", {"http": port})
+        # This machine's address would be refused.
+        monkeypatch.setattr(fetch, "_is_public_address", lambda address: True)
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        since = monotonic()
+        try:
+            with pytest.raises(ApiError, match=words):
+                fetch.fetch_image(f"http://127.0.0.1:{port}/a.png")
+            assert monotonic() - since < 5
+        finally:
+            ended.set()
+            thread.join(10)
+    assert 0 < sent < 20_000_000  # far less than is offered, with what the sockets hold
 
 
 # --- images ---

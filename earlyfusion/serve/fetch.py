@@ -145,19 +145,24 @@ class _PinnedConnection(http.client.HTTPConnection):
     def __init__(self, parts: SplitResult, address: str, end: float) -> None:
         super().__init__(parts.hostname or "", _PORTS[parts.scheme])
         self._secure, self._address, self._end = parts.scheme == "https", address, end
+        # Kept for `abort`: http.client drops `sock` when a reply without a length begins.
+        self._socket: socket.socket | None = None
 
     def connect(self) -> None:
         left = max(self._end - monotonic(), 0.01)
-        self.sock = socket.create_connection((self._address, self.port), left)
+        self.sock = self._socket = socket.create_connection((self._address, self.port), left)
         if self._secure:
-            context = ssl.create_default_context()
-            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+            secure = ssl.create_default_context().wrap_socket(
+                self.sock, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            self.sock = self._socket = secure
+            secure.do_handshake()
 
     def abort(self) -> None:
         """Close the connection, even while it waits; called from another thread."""
-        if self.sock is not None:
+        if self._socket is not None:
             with suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _refused(why: str) -> ApiError:
