@@ -150,16 +150,35 @@ class Visitor:
 
     def drop(self, file: Path) -> None:
         """Drop a file onto the page."""
-        data = base64.b64encode(file.read_bytes()).decode()
-        self.page.evaluate(
-            """([data, name]) => {
-                const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
-                const transfer = new DataTransfer();
-                transfer.items.add(new File([bytes], name, { type: "image/png" }));
+        self._give(
+            file,
+            """(transfer) => {
                 const event = { dataTransfer: transfer, bubbles: true, cancelable: true };
                 document.body.dispatchEvent(new DragEvent("dragover", event));
                 document.body.dispatchEvent(new DragEvent("drop", event));
             }""",
+        )
+
+    def paste(self, file: Path) -> None:
+        """Paste a file into the text field."""
+        self._give(
+            file,
+            """(transfer) => {
+                const event = { clipboardData: transfer, bubbles: true, cancelable: true };
+                document.querySelector("#prompt").dispatchEvent(new ClipboardEvent("paste", event));
+            }""",
+        )
+
+    def _give(self, file: Path, dispatch: str) -> None:
+        """Call a function of JavaScript with a DataTransfer that holds the file."""
+        data = base64.b64encode(file.read_bytes()).decode()
+        self.page.evaluate(
+            f"""([data, name]) => {{
+                const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([bytes], name, {{ type: "image/png" }}));
+                ({dispatch})(transfer);
+            }}""",
             [data, file.name],
         )
         self.page.wait_for_selector("#attached img")
@@ -240,6 +259,16 @@ def test_asks_about_a_dropped_image(visit: Callable[..., Visitor]) -> None:
     assert "complete" in meta and "text tokens" in meta and "s in all" in meta and "seed" in meta
     assert "strawberry" in visitor.texts("#live")[0]
     visitor.shoot("answered")
+
+
+@pytest.mark.browser
+def test_asks_about_a_pasted_image(visit: Callable[..., Visitor]) -> None:
+    visitor = visit()
+    visitor.paste(STRAWBERRY)
+    visitor.say("What is this?")
+    visitor.wait()
+    assert visitor.texts(".model .text") == ["strawberry"]
+    assert visitor.count(".user .frame img") == 1 and visitor.count("#attached li") == 0
 
 
 @pytest.mark.browser
