@@ -690,6 +690,28 @@ def test_waits_of_a_reply_share_a_timer() -> None:
     asyncio.run(run())
 
 
+def test_a_wait_follows_one_of_under_a_millisecond() -> None:
+    """For these uvloop has no timers but calls at once."""
+    uvloop = pytest.importorskip("uvloop")
+    from earlyfusion.serve.driver import Batch, Driver, _Job, _JobUpdate
+
+    async def run() -> None:
+        batch = Batch(Driver(mini(), max_queue=100), 1)
+        batch._num_unfinished, job = 1, _Job(REQUEST, 0, batch)
+        loop, events = asyncio.get_running_loop(), batch.events(idle_seconds=0.0001)
+        for number in range(10):
+            loop.call_soon(batch.receive, _JobUpdate(job, [TextDelta(str(number))]))
+            while (event := await anext(events)) is None:
+                pass
+            assert event == (0, TextDelta(str(number)))
+
+    loop = uvloop.new_event_loop()
+    try:
+        loop.run_until_complete(run())
+    finally:
+        loop.close()
+
+
 def test_a_mistake_in_the_figures_costs_no_reply() -> None:
     from earlyfusion.serve import driver as module
     from earlyfusion.serve.driver import Driver

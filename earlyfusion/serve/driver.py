@@ -108,8 +108,8 @@ class Batch:
         self._pending: list[tuple[int, Event]] = []
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[bool] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._deadline = 0.0
+        self._timer: asyncio.Handle | None = None
+        self._deadline = self._timer_at = 0.0  # of the current wait, and of the timer
 
     @property
     def can_continue(self) -> bool:
@@ -197,7 +197,7 @@ class Batch:
         self._waiter = loop.create_future()
         if seconds is not None:
             self._deadline = loop.time() + seconds
-            if self._timer is None or self._timer.when() > self._deadline:
+            if self._timer is None or self._timer_at > self._deadline:
                 self._set_timer(loop)
         try:
             return await self._waiter
@@ -209,7 +209,9 @@ class Batch:
         # long as handling the event.
         if self._timer is not None:
             self._timer.cancel()
+        # For under a millisecond uvloop gives a handle without its time.
         self._timer = loop.call_at(self._deadline, self._on_timer, loop)
+        self._timer_at = self._deadline
 
     def _on_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
