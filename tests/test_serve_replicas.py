@@ -112,6 +112,7 @@ def test_a_server_is_stuck_when_all_its_engines_are(
 
     monkeypatch.setattr("earlyfusion.serve.driver.IDLE_SECONDS", 0.05)
     monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", 1.0)
+    monkeypatch.setattr("earlyfusion.serve.replicas.STALE_SECONDS", 1.0)
     first, second = pids(server)
     with ThreadPoolExecutor() as pool:
         try:
@@ -120,6 +121,11 @@ def test_a_server_is_stuck_when_all_its_engines_are(
             os.kill(first, signal.SIGSTOP)
             until(lambda: silent()[0] > 1.5)
             assert silent()[1] < 1 and server.get("/health").status_code == 200
+            # The stuck engine has less work than the other one would get.
+            batches = [server.service.driver.admit(1) for _ in range(3)]
+            assert [driver.waiting for driver in drivers_of(server)] == [0, 3]
+            for batch in batches:
+                batch.close()
             os.kill(second, signal.SIGSTOP)
             naming = pool.submit(server.chat, "Name a fruit.", max_tokens=2)
             until(lambda: server.get("/health").status_code == 503)

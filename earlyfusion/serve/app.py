@@ -28,6 +28,7 @@ from earlyfusion.serve import chat, completions, images, responses
 from earlyfusion.serve.chat import ChatReply
 from earlyfusion.serve.completions import CompletionReply
 from earlyfusion.serve.driver import (
+    STALE_SECONDS,
     Batch,
     EngineFailedError,
     NotReadyError,
@@ -67,7 +68,6 @@ from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import QUICK_CHARACTERS, Service
 
 Body = TypeVar("Body", bound=StrictModel)
-STALE_SECONDS = 10.0  # an engine without a heartbeat for longer counts as stuck
 IGNORED_HEADER = "x-ignored-fields"
 _LARGE_JSON = 1_000_000  # bytes from which a body is parsed in a worker thread
 _MAX_FORM_FIELDS = 100

@@ -39,6 +39,7 @@ from earlyfusion.serve.process import (
 
 log = logging.getLogger("earlyfusion.serve")
 
+STALE_SECONDS = 10.0  # an engine without a heartbeat for longer counts as stuck
 IDLE_SECONDS = 1.0  # between two heartbeats of an idle driver
 REPLIES_AT_ONCE = 8  # replies that get their events before the event loop reads its sockets again
 MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process, at most

@@ -1,8 +1,8 @@
 """Several engines behind one server, each in its own process and with its own driver.
 
-A request, with all its choices, goes to the engine with the least work. Files and responses are
-stored in the server's process, so any engine can answer the next request of a conversation. An
-engine that ends is restarted while the others continue.
+A request, with all its choices, goes to the engine with the least work, to a stuck one only if all
+are. Files and responses are stored in the server's process, so any engine can answer the next
+request of a conversation. An engine that ends is restarted while the others continue.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from earlyfusion.api import Chameleon
-from earlyfusion.serve.driver import Batch, Driver, NotReadyError, OnEvent, QueueFullError
+from earlyfusion.serve.driver import (
+    STALE_SECONDS,
+    Batch,
+    Driver,
+    NotReadyError,
+    OnEvent,
+    QueueFullError,
+)
 from earlyfusion.serve.process import RemoteEngine
 
 Drivers: TypeAlias = "Driver | Replicas"
@@ -42,13 +49,12 @@ class Replicas:
         return max(driver.limit for driver in self.drivers)
 
     def admit(self, count: int) -> Batch:
-        """Reserve room at the engine with the least work. Raises `QueueFullError` or
-        `NotReadyError`."""
+        """Reserve room at the best engine. Raises `QueueFullError` or `NotReadyError`."""
         ready = self._ready
         if not ready:
             raise NotReadyError(self.start_error)
         try:
-            return min(ready, key=_work).admit(count)
+            return min(ready, key=_rank).admit(count)
         except QueueFullError as full:
             raise QueueFullError(sum(driver.limit for driver in ready), full.seconds) from None
 
@@ -57,8 +63,8 @@ class Replicas:
         ready = self._ready
         if not ready:
             raise NotReadyError(self.start_error)
-        least = min(ready, key=_work)
-        if _work(least) + count > least.limit:
+        best = min(ready, key=_rank)
+        if _work(best) + count > best.limit:
             self.admit(count).close()  # raises `QueueFullError` with the time to wait
 
     @property
@@ -144,6 +150,11 @@ class Replicas:
     def set_callbacks(self, on_event: OnEvent, on_cancel: Callable[[Batch], None]) -> None:
         for driver in self.drivers:
             driver.set_callbacks(on_event, on_cancel)
+
+
+def _rank(driver: Driver) -> tuple[bool, int]:
+    """The engine with the lowest rank gets the next request."""
+    return driver.silent_seconds > STALE_SECONDS, _work(driver)
 
 
 def _work(driver: Driver) -> int:
