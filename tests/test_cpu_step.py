@@ -511,6 +511,7 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
         "gemm.h",
         "sampling.h",
         "simd.h",
+        "gemm_amx.h",
         "gemm_avx2_blocked.h",
         "gemm_avx2_int16.h",
         "gemm_avx2_packed.h",

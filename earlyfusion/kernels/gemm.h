@@ -3,7 +3,7 @@
 //
 // Weights are fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns), with
 // columns padded with zeros to a multiple of 64. On one processor, all kinds of kernels give the
-// same results to the bit (operands.h has the order of their sums):
+// same results to the bit (operands.h has the order of their sums; AMX has its own for bf16):
 //
 // - streamed: the sums of a tile stay in registers while whole rows of weights are read; for few
 //   rows of input, and on AVX-512 for short rows of weights;
@@ -11,7 +11,9 @@
 //   before the next; for some rows of input;
 // - tiled: up to eight rows of input are multiplied with a panel of weights before the next ones;
 //   for some rows of input on AVX-512;
-// - packed: panels of weights are packed for a microkernel, as in GotoBLAS; for many rows of input.
+// - packed: panels of weights are packed for a microkernel, as in GotoBLAS; for many rows of input;
+// - AMX: tiles of weights, read in place, are multiplied with packed tiles of input; for any number
+//   of rows of bf16 and int8 weights, and for many rows of int4 weights.
 //
 // AVX-512 has all in gemm_avx512.h; AVX2 has blocked and packed ones in gemm_avx2_*.h. The streamed
 // kernels below are for one to three rows of input on AVX2, for other processors, and for bf16
@@ -19,6 +21,7 @@
 
 #pragma once
 
+#include "gemm_amx.h"
 #include "gemm_avx2_blocked.h"
 #include "gemm_avx2_int16.h"
 #include "gemm_avx2_packed.h"
@@ -189,6 +192,16 @@ bool uses_int16(const Matrix& m) { return m.format == INT8 || m.format == INT4; 
 class Gemm {
  public:
   Gemm(const Matrix& m, const Input& in, int64_t R) : in_(in), R_(R) {
+#if defined(USE_AMX)
+    static thread_local Workspace tiles;
+    if (uses_amx(m, R)) {
+      if (m.format == BF16)
+        amx_bf16_.emplace(m, in, R, tiles);
+      else
+        amx_integer_.emplace(m, in, R, tiles);
+      return;
+    }
+#endif
 #if defined(USE_AVX512)
     static thread_local Workspace packed, scratch;
     if (has_avx512_kernel(m)) avx512_.emplace(m, in, R, packed, scratch);
@@ -215,6 +228,11 @@ class Gemm {
 
   // y[row, n] = x[row] . m[n] for all rows of input and the n of the range.
   void multiply(const Matrix& m, Range range, float* y, int64_t y_stride) const {
+#if defined(USE_AMX)
+    static thread_local Workspace sums, copy;
+    if (amx_bf16_) return amx_bf16_->multiply(m, range, sums, copy, y, y_stride);
+    if (amx_integer_) return amx_integer_->multiply(m, range, sums, copy, y, y_stride);
+#endif
 #if defined(USE_AVX512)
     static thread_local Workspace workspace;
     if (avx512_) return avx512_->multiply(m, range, workspace, y, y_stride);
@@ -247,6 +265,10 @@ class Gemm {
   }
 
  private:
+#if defined(USE_AMX)
+  std::optional<AmxBf16Gemm> amx_bf16_;
+  std::optional<AmxIntegerGemm> amx_integer_;
+#endif
 #if defined(USE_AVX512)
   std::optional<Avx512Gemm> avx512_;
 #endif
@@ -265,6 +287,10 @@ class Gemm {
 // are enough.
 RowPartition partition(const Matrix& m, int64_t R, int64_t threads) {
   int64_t chunk = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
+#if defined(USE_AMX)
+  if (uses_amx(m, R))
+    return RowPartition(m.rows, std::max(TILE, std::min(AMX_NR, chunk / TILE * TILE)), threads);
+#endif
 #if defined(USE_AVX512)
   if (has_avx512_kernel(m)) {
     const Algorithm algorithm = algorithm_for(m, R);

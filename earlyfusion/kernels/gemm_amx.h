@@ -1,0 +1,505 @@
+// GEMM on AMX: bf16 and int8 weights, and int4 weights for many rows of input.
+//
+// AMX multiplies tiles of 16 rows of 64 bytes, here 16 words: a word is two bf16 or four int8. The
+// first operand is a tile of weights: 16 rows of the matrix, read in place. The second one is a
+// tile of input, transposed when it is packed: element [k, i] is word k of row i of the input. So
+// element [n, i] of the result is the product of row n of the weights and row i of the input.
+//
+// An output is the same to the bit for any number of rows of input: it does not depend on where in
+// a tile it lies. bf16: for each 32 columns, the products of even and of odd columns are summed up,
+// and both sums are added to the result. That is another order than in the other kernels, so bf16
+// weights are always multiplied here if the processor has AMX. int8 and int4: as in gemm_avx512.h;
+// levels of 16 bits are split into two of 8 bits, whose products are exact.
+//
+// The hardware prefetches the weights; prefetching them in software was slower (Sapphire Rapids).
+
+#pragma once
+
+#include "gemm_avx512.h"
+
+#if defined(USE_AVX512) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define USE_AMX
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace {
+
+// Linux gives a process the tile registers when it asks for them. False in a sandbox that forbids
+// the question.
+inline bool amx_permitted() {
+  const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  static const bool permitted =
+      syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+  return permitted;
+}
+
+const int64_t TILE = 16;             // rows of a tile, and words of its rows
+const int64_t TILE_WORDS = 256;      // words of a tile
+const int64_t AMX_NR = 64;           // rows of weights of a panel
+const int64_t AMX_KC_WORDS = 1024;   // words of a row in a block, so that a panel stays in L2
+const int64_t AMX_INT4_MIN_ROWS = 20;  // rows of input from which on int4 weights are multiplied
+                                       // here, as measured
+
+// Whether a product with R rows of input runs on AMX.
+inline bool uses_amx(const Matrix& m, int64_t R) {
+  if (m.format == FP32 || !amx_permitted()) return false;
+  return m.format != INT4 || R >= AMX_INT4_MIN_ROWS;
+}
+
+// ---- instructions; tiles are numbered at compile time
+
+template <int T>
+ALWAYS_INLINE void load_tile(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
+
+template <int T>
+ALWAYS_INLINE void store_tile(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+}
+
+template <int T>
+ALWAYS_INLINE void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+
+struct Bf16Tiles {
+  typedef float Sum;
+  template <int SUM, int W, int X>
+  static ALWAYS_INLINE void accumulate() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(W), "i"(X));
+  }
+};
+
+struct Int8Tiles {
+  typedef int32_t Sum;
+  template <int SUM, int W, int X>
+  static ALWAYS_INLINE void accumulate() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(W), "i"(X));
+  }
+};
+
+// The tile registers of this thread while it is in scope: 0 to 3 hold sums, 4 and 5 weights, 6 and
+// 7 input. Tiles of input and of sums have `width` columns. Registers that are released make
+// switching between threads cheaper.
+class TileRegisters {
+ public:
+  explicit TileRegisters(int64_t width) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int t = 0; t < 8; t++) {
+      config.row_bytes[t] = t == 4 || t == 5 ? 64 : 4 * width;
+      config.rows[t] = TILE;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters(const TileRegisters&) = delete;
+};
+
+// ---- microkernels: sums (+)= weights . input, over `steps` times 16 words
+//
+// The sums of a tile of weights and a tile of input are [16, width]; tiles of them lie TILE_WORDS
+// apart.
+
+// The rows of a tile of weights are `stride` bytes apart, the tiles `distance`.
+struct WeightTiles {
+  const char* data;
+  int64_t stride, distance;
+};
+
+template <int T, class Sum>
+ALWAYS_INLINE void begin_sums(const Sum* sums, int64_t width, bool first) {
+  if (first)
+    zero_tile<T>();
+  else
+    load_tile<T>(sums + T * TILE_WORDS, 4 * width);
+}
+
+// NW, 1, 2 or 4, tiles of weights and one tile of input, `width` words wide. `first`: the sums are
+// overwritten.
+template <class Tiles, int NW>
+void accumulate_tiles(WeightTiles w, const uint32_t* x, int64_t width, int64_t steps, bool first,
+                      typename Tiles::Sum* sums) {
+  begin_sums<0>(sums, width, first);
+  if (NW >= 2) begin_sums<1>(sums, width, first);
+  if (NW == 4) begin_sums<2>(sums, width, first);
+  if (NW == 4) begin_sums<3>(sums, width, first);
+  for (; steps > 0; steps--, w.data += 64, x += TILE * width) {
+    load_tile<6>(x, 4 * width);
+    load_tile<4>(w.data, w.stride);
+    Tiles::template accumulate<0, 4, 6>();
+    if (NW >= 2) {
+      load_tile<5>(w.data + w.distance, w.stride);
+      Tiles::template accumulate<1, 5, 6>();
+    }
+    if (NW == 4) {
+      load_tile<4>(w.data + 2 * w.distance, w.stride);
+      Tiles::template accumulate<2, 4, 6>();
+      load_tile<5>(w.data + 3 * w.distance, w.stride);
+      Tiles::template accumulate<3, 5, 6>();
+    }
+  }
+  store_tile<0>(sums, 4 * width);
+  if (NW >= 2) store_tile<1>(sums + TILE_WORDS, 4 * width);
+  if (NW == 4) store_tile<2>(sums + 2 * TILE_WORDS, 4 * width);
+  if (NW == 4) store_tile<3>(sums + 3 * TILE_WORDS, 4 * width);
+}
+
+// Two tiles of weights and two of input, which lie `x_distance` words apart. The sums: tile 0 of
+// weights with both tiles of input, then tile 1.
+template <class Tiles>
+void accumulate_tiles_2x2(WeightTiles w, const uint32_t* x, int64_t x_distance,
+                                        int64_t steps, bool first, typename Tiles::Sum* sums) {
+  begin_sums<0>(sums, TILE, first);
+  begin_sums<1>(sums, TILE, first);
+  begin_sums<2>(sums, TILE, first);
+  begin_sums<3>(sums, TILE, first);
+  for (; steps > 0; steps--, w.data += 64, x += TILE_WORDS) {
+    load_tile<6>(x, 64);
+    load_tile<4>(w.data, w.stride);
+    Tiles::template accumulate<0, 4, 6>();
+    load_tile<5>(w.data + w.distance, w.stride);
+    Tiles::template accumulate<2, 5, 6>();
+    load_tile<7>(x + x_distance, 64);
+    Tiles::template accumulate<1, 4, 7>();
+    Tiles::template accumulate<3, 5, 7>();
+  }
+  store_tile<0>(sums, 4 * TILE);
+  store_tile<1>(sums + TILE_WORDS, 4 * TILE);
+  store_tile<2>(sums + 2 * TILE_WORDS, 4 * TILE);
+  store_tile<3>(sums + 3 * TILE_WORDS, 4 * TILE);
+}
+
+// Transposes the sums of a tile: v[i] has those of column i, for all rows of weights. It reads up
+// to 15 words beyond them.
+template <class Sum>
+ALWAYS_INLINE void transpose_sums(const Sum* sums, int64_t width, __m512i* v) {
+#pragma GCC unroll 16
+  for (int n = 0; n < TILE; n++) v[n] = load_words(sums + n * width);
+  if (width > 1) transpose16x16(v);
+}
+
+// Packs up to 16 rows of words as one tile of `width` columns for each 16 words.
+inline void pack_tiles(const uint32_t* const* rows, int64_t count, int64_t width, int64_t words,
+                       uint32_t* to) {
+  for (int64_t at = 0; at < words; at += TILE, to += TILE * width) {
+    __m512i v[TILE];
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; i++)
+      v[i] = i < count ? load_words(rows[i] + at) : _mm512_setzero_si512();
+    transpose16x16(v);
+    const __mmask16 valid = __mmask16((1u << width) - 1);
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE; j++) _mm512_mask_storeu_epi32(to + j * width, valid, v[j]);
+  }
+}
+
+// Rows of weights of a panel, with zeros in place of rows beyond the matrix: tiles are read whole.
+inline const char* whole_tile(const Matrix& m, int64_t n, Workspace& workspace) {
+  const int64_t bytes = row_bytes(m);
+  const char* at = static_cast<const char*>(m.data) + n * bytes;
+  if (n + TILE <= m.rows) return at;
+  char* copy = reinterpret_cast<char*>(workspace.reserve(TILE * bytes / 4));
+  std::memset(copy, 0, TILE * bytes);
+  std::memcpy(copy, at, (m.rows - n) * bytes);
+  return copy;
+}
+
+// ---- bf16
+
+// R rows of input for products with bf16 weights.
+class AmxBf16Gemm {
+ public:
+  AmxBf16Gemm(const Matrix& m, const Input& in, int64_t R, Workspace& workspace)
+      : R_(R), words_(m.stride / 2), width_(std::min(R, TILE)) {
+    const uint32_t* x = reinterpret_cast<const uint32_t*>(in.bf16);
+    x_ = x;
+    if (R == 1) return;  // the row itself is its tiles of one column
+    uint32_t* packed =
+        reinterpret_cast<uint32_t*>(workspace.reserve((R + TILE - 1) / TILE * width_ * words_));
+    x_ = packed;
+    for (int64_t first = 0; first < R; first += TILE, packed += width_ * words_) {
+      const uint32_t* rows[TILE];
+      const int64_t count = std::min(TILE, R - first);
+      for (int64_t i = 0; i < count; i++) rows[i] = x + (first + i) * (in.stride / 2);
+      pack_tiles(rows, count, width_, words_, packed);
+    }
+  }
+
+  void multiply(const Matrix& m, Range range, Workspace& workspace, Workspace& copy, float* y,
+                int64_t y_stride) const {
+    const TileRegisters registers(width_);
+    // A pass over a panel reads 32 rows of input. With several, blocks of columns stay in L2.
+    const int64_t blocks = R_ <= 2 * TILE ? 1 : (words_ + AMX_KC_WORDS - 1) / AMX_KC_WORDS,
+                  block_words = (words_ / TILE + blocks - 1) / blocks * TILE;
+    const int64_t tiles = (R_ + TILE - 1) / TILE, pairs = tiles / 2;
+    float* sums = workspace.reserve((blocks > 1 ? tiles : 2) * (AMX_NR * TILE));
+    for (int64_t begin = range.begin; begin < range.end; begin += AMX_NR) {
+      const int64_t end = std::min(range.end, begin + AMX_NR);
+      for (int64_t k0 = 0; k0 < words_; k0 += block_words) {
+        const Block block{k0, std::min(block_words, words_ - k0), k0 + block_words >= words_};
+        for (int64_t pair = 0; pair < pairs; pair++)
+          multiply_pair(m, {begin, end}, block, 2 * pair,
+                        sums + (blocks > 1 ? pair : 0) * (2 * AMX_NR * TILE), copy, y, y_stride);
+        if (tiles % 2)
+          multiply_tile(m, {begin, end}, block, tiles - 1,
+                        sums + (blocks > 1 ? pairs : 0) * (2 * AMX_NR * TILE), copy, y, y_stride);
+      }
+    }
+  }
+
+ private:
+  // Words k0 to k0 + words - 1 of all rows.
+  struct Block {
+    int64_t k0, words;
+    bool last;
+  };
+
+  const uint32_t* tile(int64_t number, const Block& block) const {
+    return x_ + (number * words_ + block.k0) * width_;
+  }
+
+  // The products of a tile of input and rows n to n + 15 of the weights, from their sums.
+  void store_results(const float* sums, int64_t number, int64_t n, int64_t rows, float* y,
+                     int64_t y_stride) const {
+    const int64_t first = number * TILE, count = std::min(TILE, R_ - first);
+    const __mmask16 valid = __mmask16((1u << std::min(TILE, rows - n)) - 1);
+    __m512i v[TILE];
+    transpose_sums(sums, width_, v);
+    float* to = y + first * y_stride + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; i++)
+      if (i < count) _mm512_mask_storeu_epi32(to + i * y_stride, valid, v[i]);
+  }
+
+  // One tile of input.
+  void multiply_tile(const Matrix& m, Range range, const Block& block, int64_t number, float* sums,
+                     Workspace& copy, float* y, int64_t y_stride) const {
+    const int64_t bytes = row_bytes(m), steps = block.words / TILE;
+    const bool first = block.k0 == 0;
+    for (int64_t n = range.begin, tiles; n < range.end; n += tiles * TILE, sums += tiles * TILE_WORDS) {
+      tiles = range.end - n >= 4 * TILE ? 4 : 1;
+      const WeightTiles w{whole_tile(m, n, copy) + 4 * block.k0, bytes, TILE * bytes};
+      if (tiles == 4)
+        accumulate_tiles<Bf16Tiles, 4>(w, tile(number, block), width_, steps, first, sums);
+      else
+        accumulate_tiles<Bf16Tiles, 1>(w, tile(number, block), width_, steps, first, sums);
+      for (int64_t t = 0; block.last && t < tiles; t++)
+        store_results(sums + t * TILE_WORDS, number, n + t * TILE, range.end, y, y_stride);
+    }
+  }
+
+  // Two tiles of input.
+  void multiply_pair(const Matrix& m, Range range, const Block& block, int64_t number, float* sums,
+                     Workspace& copy, float* y, int64_t y_stride) const {
+    const int64_t bytes = row_bytes(m), steps = block.words / TILE, second = width_ * words_;
+    const bool first = block.k0 == 0;
+    int64_t n = range.begin;
+    for (; n + 2 * TILE <= range.end; n += 2 * TILE, sums += 4 * TILE_WORDS) {
+      const WeightTiles w{whole_tile(m, n, copy) + 4 * block.k0, bytes, TILE * bytes};
+      accumulate_tiles_2x2<Bf16Tiles>(w, tile(number, block), second, steps, first, sums);
+      for (int t = 0; block.last && t < 4; t++)
+        store_results(sums + t * TILE_WORDS, number + t % 2, n + t / 2 * TILE, range.end, y,
+                      y_stride);
+    }
+    if (n == range.end) return;
+    multiply_tile(m, {n, range.end}, block, number, sums, copy, y, y_stride);
+    multiply_tile(m, {n, range.end}, block, number + 1, sums + 2 * TILE_WORDS, copy, y, y_stride);
+  }
+
+  int64_t R_, words_, width_;
+  const uint32_t* x_;  // [tile, words / 16, 16, width]
+};
+
+// ---- int8 and int4
+
+// R rows of input for products with int8 or int4 weights, quantised to 16 bits as in gemm_avx512.h.
+// A level of 16 bits is 256 times a high plus a low one of 8 bits, both signed; a tile has the high
+// levels of up to eight rows and then their low ones. int4 weights are split in the same way.
+class AmxIntegerGemm {
+ public:
+  AmxIntegerGemm(const Matrix& m, const Input& in, int64_t R, Workspace& workspace)
+      : R_(R), stride_(m.stride), rows_(std::min(R, TILE / 2)) {
+    const int64_t tiles = tile_count();
+    float* buffer = workspace.reserve(tiles * 2 * rows_ * stride_ / 4 + R * (stride_ / KC + 1));
+    uint32_t* packed = reinterpret_cast<uint32_t*>(buffer);
+    x_ = packed;
+    x_scales_ = buffer + tiles * 2 * rows_ * stride_ / 4;
+    alignas(64) int16_t levels[KC];
+    alignas(64) int8_t halves[TILE][KC];
+    for (int64_t k0 = 0; k0 < stride_; k0 += KC) {
+      const int64_t columns = std::min(KC, stride_ - k0);
+      for (int64_t first = 0; first < R; first += rows_) {
+        const uint32_t* rows[TILE] = {};
+        const int64_t count = std::min(rows_, R - first);
+        for (int64_t i = 0; i < rows_; i++) {
+          int8_t *high = halves[i], *low = halves[rows_ + i];
+          rows[i] = reinterpret_cast<const uint32_t*>(high);
+          rows[rows_ + i] = reinterpret_cast<const uint32_t*>(low);
+          if (i < count) {
+            x_scales_[k0 / KC * R + first + i] = quantise_block(
+                in.fp32 + (first + i) * in.stride + k0, columns, max_input(m.format), levels);
+            for (int64_t c = 0; c < columns; c += 32)
+              split(load_words(levels + c), high + c, low + c);
+          } else {
+            std::memset(high, 0, columns);
+            std::memset(low, 0, columns);
+          }
+        }
+        pack_tiles(rows, 2 * rows_, 2 * rows_, columns / 4, packed);
+        packed += 2 * rows_ * columns / 4;
+      }
+    }
+  }
+
+  void multiply(const Matrix& m, Range range, Workspace& workspace, Workspace& copy, float* y,
+                int64_t y_stride) const {
+    const TileRegisters registers(2 * rows_);
+    float* buffer = workspace.reserve(5 * TILE_WORDS + 2 * TILE * PLANE_STRIDE / 4);
+    const Scratch scratch{reinterpret_cast<int32_t*>(buffer),
+                          reinterpret_cast<char*>(buffer + 5 * TILE_WORDS), copy};
+    if (m.format == INT4)
+      for (int64_t n = range.begin; n < range.end; n += TILE)
+        for (int64_t k0 = 0; k0 < stride_; k0 += KC)
+          multiply_int4(m, n, range.end, k0, scratch, y, y_stride);
+    else
+      for (int64_t begin = range.begin; begin < range.end; begin += AMX_NR)
+        for (int64_t k0 = 0; k0 < stride_; k0 += KC)
+          multiply_int8(m, {begin, std::min(range.end, begin + AMX_NR)}, k0, scratch, y, y_stride);
+  }
+
+ private:
+  // A row of a plane of int4 weights, with a cache line more: see `partial_offset`.
+  static const int64_t PLANE_STRIDE = KC + 64;
+
+  struct Scratch {
+    int32_t* sums;  // [4, 16, 16] and room for `transpose_sums`
+    char* planes;   // [2, 16, PLANE_STRIDE]
+    Workspace& copy;
+  };
+
+  static ALWAYS_INLINE void split(__m512i levels, void* high, void* low) {
+    const __m512i rounded = _mm512_add_epi16(levels, _mm512_set1_epi16(128));
+    store_vector(high, _mm512_cvtepi16_epi8(_mm512_srai_epi16(rounded, 8)));
+    store_vector(low, _mm512_cvtepi16_epi8(levels));
+  }
+
+  int64_t tile_count() const { return (R_ + rows_ - 1) / rows_; }
+
+  // A tile of input in the block of columns that begins at k0.
+  const uint32_t* tile(int64_t number, int64_t k0) const {
+    return x_ + 2 * rows_ * (tile_count() * k0 + number * std::min(KC, stride_ - k0)) / 4;
+  }
+
+  // Calls `kernel2` for pairs of tiles of input, and `kernel1` for the last one.
+  template <class Kernel2, class Kernel1>
+  void for_each_tile(Kernel2 kernel2, Kernel1 kernel1) const {
+    const int64_t tiles = tile_count();
+    for (int64_t t = 0; t + 2 <= tiles; t += 2) kernel2(t);
+    if (tiles % 2) kernel1(tiles - 1);
+  }
+
+  // Adds the dequantised products of one tile of input and rows n to n + 15 of the weights to y; the
+  // first block overwrites it. `sums`: of all bits of int8 weights or of the high bits of int4
+  // ones; `low_sums`: of the low bits of int4 weights.
+  void store_results(const int32_t* sums, const int32_t* low_sums, __m512 scales, int64_t number,
+                     int64_t n, int64_t end, int64_t k0, float* y, int64_t y_stride) const {
+    const __mmask16 valid = __mmask16((1u << std::min(TILE, end - n)) - 1);
+    const float* x_scales = x_scales_ + k0 / KC * R_;
+    __m512i v[TILE], w[TILE];
+    transpose_sums(sums, 2 * rows_, v);
+    if (low_sums) transpose_sums(low_sums, 2 * rows_, w);
+    for (int64_t i = 0; i < std::min(rows_, R_ - number * rows_); i++) {
+      __m512i total = _mm512_add_epi32(_mm512_slli_epi32(v[i], 8), v[rows_ + i]);
+      if (low_sums)
+        total = _mm512_add_epi32(
+            _mm512_slli_epi32(total, 8),
+            _mm512_add_epi32(_mm512_slli_epi32(w[i], 8), w[rows_ + i]));
+      const int64_t row = number * rows_ + i;
+      float* to = y + row * y_stride + n;
+      const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x_scales[row]));
+      const __m512 before = k0 ? _mm512_maskz_loadu_ps(valid, to) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(to, valid, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scale, before));
+    }
+  }
+
+  void multiply_int8(const Matrix& m, Range range, int64_t k0, const Scratch& scratch, float* y,
+                     int64_t y_stride) const {
+    const int64_t steps = std::min(KC, stride_ - k0) / 64, distance = tile_distance(k0);
+    const auto weights = [&](int64_t n) {
+      return WeightTiles{whole_tile(m, n, scratch.copy) + k0, stride_, TILE * stride_};
+    };
+    const auto store = [&](int64_t sum, int64_t number, int64_t n) {
+      const __mmask16 valid = __mmask16((1u << std::min(TILE, range.end - n)) - 1);
+      const __m512 scales =
+          _mm512_maskz_loadu_ps(valid, static_cast<const float*>(m.scales) + n);
+      store_results(scratch.sums + sum * TILE_WORDS, nullptr, scales, number, n, range.end, k0, y,
+                    y_stride);
+    };
+    const auto one_tile = [&](int64_t number, int64_t begin) {
+      for (int64_t n = begin, count; n < range.end; n += count * TILE) {
+        count = range.end - n >= 4 * TILE ? 4 : 1;
+        (count == 4 ? accumulate_tiles<Int8Tiles, 4> : accumulate_tiles<Int8Tiles, 1>)(
+            weights(n), tile(number, k0), 2 * rows_, steps, true, scratch.sums);
+        for (int64_t t = 0; t < count; t++) store(t, number, n + t * TILE);
+      }
+    };
+    const auto two_tiles = [&](int64_t number) {
+      int64_t n = range.begin;
+      for (; n + 2 * TILE <= range.end; n += 2 * TILE) {
+        accumulate_tiles_2x2<Int8Tiles>(weights(n), tile(number, k0), distance, steps, true,
+                                        scratch.sums);
+        for (int t = 0; t < 4; t++) store(t, number + t % 2, n + t / 2 * TILE);
+      }
+      one_tile(number, n);
+      one_tile(number + 1, n);
+    };
+    for_each_tile(two_tiles, [&](int64_t number) { one_tile(number, range.begin); });
+  }
+
+  // Words from one tile of input to the next in a block of columns.
+  int64_t tile_distance(int64_t k0) const { return 2 * rows_ * std::min(KC, stride_ - k0) / 4; }
+
+  // Rows n to n + 15, which are unpacked into two planes of high and of low levels.
+  void multiply_int4(const Matrix& m, int64_t n, int64_t end, int64_t k0, const Scratch& scratch,
+                     float* y, int64_t y_stride) const {
+    const int64_t columns = std::min(KC, stride_ - k0), plane = TILE * PLANE_STRIDE;
+    alignas(64) float scales[TILE];
+    for (int64_t r = 0; r < TILE; r++) {
+      const Int16Row<INT4> row(m, std::min(n + r, m.rows - 1), k0, columns);
+      scales[r] = row.scale;
+      char* at = scratch.planes + r * PLANE_STRIDE;
+      for (int64_t c = 0; c < columns; c += 32) split(row.unpack(c), at + c, at + plane + c);
+    }
+    const WeightTiles weights{scratch.planes, PLANE_STRIDE, plane};
+    const auto store = [&](int64_t sum, int64_t low_sum, int64_t number) {
+      store_results(scratch.sums + sum * TILE_WORDS, scratch.sums + low_sum * TILE_WORDS,
+                    _mm512_load_ps(scales), number, n, end, k0, y, y_stride);
+    };
+    for_each_tile(
+        [&](int64_t number) {
+          accumulate_tiles_2x2<Int8Tiles>(weights, tile(number, k0), tile_distance(k0),
+                                          columns / 64, true, scratch.sums);
+          store(0, 2, number);
+          store(1, 3, number + 1);
+        },
+        [&](int64_t number) {
+          accumulate_tiles<Int8Tiles, 2>(weights, tile(number, k0), 2 * rows_, columns / 64, true,
+                                         scratch.sums);
+          store(0, 1, number);
+        });
+  }
+
+  int64_t R_, stride_, rows_;  // rows_: of input in a tile
+  const uint32_t* x_;          // [block of columns, tile, columns / 64, 16, 2 rows_]
+  float* x_scales_;            // [block of columns, R]
+};
+
+}  // namespace
+
+#endif
