@@ -195,9 +195,17 @@ def test_an_int8_cache_is_read_as_the_torch_path_reads_it(width: int, lengths: l
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 2, 16), (3, 3, 12), (2, 1, 64)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "block_sizes"),
+    [(4, 2, 16, (16, 48)), (3, 3, 12, (16, 48)), (2, 1, 64, (16, 48)), (2, 1, 64, (32, 96))],
+)
 def test_a_token_does_not_depend_on_what_is_read_with_it(
-    bits: int, kept: torch.dtype, heads: int, key_heads: int, width: int
+    bits: int,
+    kept: torch.dtype,
+    heads: int,
+    key_heads: int,
+    width: int,
+    block_sizes: tuple[int, int],
 ) -> None:
     """To the bit: states, logits, keys and values, in pieces, beside others, in blocks of another
     size and order, with one thread and several."""
@@ -210,7 +218,7 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
     try:
         for number, sizes in enumerate([*pieces, *pieces]):
             torch.set_num_threads(1 + 2 * (number >= len(pieces)))
-            paged = Paged(shape, 3, 61, kept, 16 if number % 2 else 48)
+            paged = Paged(shape, 3, 61, kept, block_sizes[number % 2])
             step = paged.step(model, bits)
             head, states, at = step.product(model.lm_head.weight), list[torch.Tensor](), 0
             for size in sizes:
@@ -230,6 +238,28 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
             assert states_TD.isfinite().all()
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_attention_over_bf16_does_not_round_queries_and_weights_to_bf16(width: int) -> None:
+    """Attention runs on AMX in blocks of 32 tokens, and in fp32 in blocks of 48; one layer only, as
+    the next one rounds its keys to bf16, which makes small differences large."""
+    shape = replace(config(4 * width, 4, 2, 200), num_hidden_layers=1)
+    model = random_model(shape, width)
+    for name in ("q", "k"):  # scores of different sizes
+        getattr(model.model.layers[0].self_attn, f"{name}_norm").weight.mul_(3)
+    tokens = torch.randint(0, 515, (70,))
+    states = []
+    for block_size in (32, 48):
+        paged = Paged(shape, 1, 70, torch.bfloat16, block_size)
+        step, zeros = paged.step(model, 32), torch.zeros(70, dtype=torch.int64)
+        together = paged.states(step, tokens, zeros, torch.arange(70))
+        alone = paged.states(step, tokens[-1:], zeros[:1], torch.tensor([69]))
+        assert torch.equal(alone, together[-1:])
+        states.append(together)
+    error = (states[0] - states[1]).abs().max() / states[1].abs().max()
+    assert error < 1e-4
 
 
 @needs_compiler
@@ -508,6 +538,7 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
     header.write_text('#pragma once\n#include "c.h"\n#include "b.h"\n')
     assert [path.name for path in native.sources(Path(cpu_step.__file__).with_suffix(".cpp"))] == [
         "cpu_step.cpp",
+        "attention_amx.h",
         "gemm.h",
         "sampling.h",
         "simd.h",

@@ -2,10 +2,10 @@
 //
 // A step has R rows, one new token each; the weights are read once for all rows. The rows of a
 // prompt have the same block table and consecutive positions. The rows of a weight matrix are
-// divided among the threads (`RowPartition`). Each thread has its own copy of the residual stream
-// and of the input of a product, so that a layer needs only five barriers: after the products of q,
-// k and v, after attention, its output projection, SwiGLU and the down projection (six if rows
-// share a sequence).
+// divided among the threads (`RowPartition`). With up to 16 rows, each thread has its own copy of
+// the residual stream and of the input of a product, so that a layer needs only five barriers:
+// after the products of q, k and v, after attention, its output projection, SwiGLU and the down
+// projection (six if rows share a sequence).
 //
 // The result of a row depends, to the bit, on its token, its position and the keys and values
 // before it: not on the rows beside it, how a prompt was chunked, or the number of threads. For
@@ -21,7 +21,9 @@
 #include <cmath>
 #include <thread>
 #include <type_traits>
+#include <utility>
 
+#include "attention_amx.h"
 #include "gemm.h"
 #include "sampling.h"
 #include "simd.h"
@@ -96,25 +98,46 @@ NOINLINE void rms_norm(const float* __restrict x, const float* __restrict weight
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
-// Stores rows as the input of a product.
-void store_input(const float* x, int64_t R, int64_t D, const Input& in) {
-  for (int64_t row = 0; row < R; row++) in.store(row, 0, x + row * D, D);
-}
-
-// Stores rows after their norm as the input of a product.
-void store_normed_input(const float* x, const float* weight, int64_t R, int64_t D, float eps,
-                        const Input& in) {
-  for (int64_t row = 0; row < R; row++) {
+// Stores some rows of x as the input of a product: after their norm, if it has a `weight`. The
+// first of them must be the first of a tile.
+void store_input(const float* x, const float* weight, Range rows, int64_t D, float eps,
+                 const Input& in) {
+#if defined(USE_AMX)
+  if (in.tiles) {
+    static thread_local Workspace workspace;
+    const int64_t stride = in.stride / 2;  // words
+    float* normed = workspace.reserve(D + TILE * stride);
+    uint32_t* rounded = reinterpret_cast<uint32_t*>(normed + D);
+    const uint32_t* words[TILE];
+    for (int64_t i = 0; i < TILE; i++) words[i] = rounded + i * stride;
+    for (int64_t first = rows.begin; first < rows.end; first += TILE) {
+      const int64_t count = std::min(TILE, rows.end - first);
+      for (int64_t i = 0; i < count; i++) {
+        const float* row = x + (first + i) * D;
+        if (weight) rms_norm(row, weight, D, eps, normed);
+        uint16_t* to = reinterpret_cast<uint16_t*>(rounded + i * stride);
+        Input::to_bf16(to, weight ? normed : row, D);
+        std::fill_n(to + D, in.stride - D, 0);
+      }
+      pack_tiles(words, count, in.width, stride, in.tile(first / TILE));
+    }
+    return;
+  }
+#endif
+  for (int64_t row = rows.begin; row < rows.end; row++) {
     float* y = in.fp32 + row * in.stride;
-    rms_norm(x + row * D, weight, D, eps, y);
+    if (weight)
+      rms_norm(x + row * D, weight, D, eps, y);
+    else
+      std::memcpy(y, x + row * D, D * sizeof(float));
     if (in.bf16) Input::to_bf16(in.bf16 + row * in.stride, y, D);
   }
 }
 
 // x += y, or x += norm(y) with a `weight`, for models whose norms come after the sublayers.
-void add_residual(float* x, const float* y, int64_t y_stride, const float* weight, int64_t R,
+void add_residual(float* x, const float* y, int64_t y_stride, const float* weight, Range rows,
                   int64_t D, float eps, float* scratch) {
-  for (int64_t row = 0; row < R; row++) {
+  for (int64_t row = rows.begin; row < rows.end; row++) {
     const float* sublayer = y + row * y_stride;
     if (weight) {
       rms_norm(sublayer, weight, D, eps, scratch);
@@ -771,6 +794,75 @@ NOINLINE void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHe
   }
 }
 
+// Whether attention over a cache of elements T runs on AMX, for all rows or for none.
+template <class T>
+bool attends_on_amx(const Model& m) {
+#if defined(USE_AMX)
+  return std::is_same_v<T, uint16_t> && m.H % 32 == 0 && m.block_size % 32 == 0 && amx_permitted();
+#else
+  return false;
+#endif
+}
+
+#if defined(USE_AMX)
+// Scratch of `attend_on_amx`, in vectors of H floats: tiles of queries, 16 queries and values.
+const int64_t AMX_SCRATCH_VECTORS = AMX_QUERIES + TILE + AMX_POSITIONS / 2;
+
+// As `attend_tile`, on AMX, also for one row.
+NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
+                            const CachedHead<uint16_t>& v, int64_t length, int64_t count,
+                            const float* q, int64_t q_stride, float* scores, int64_t scores_stride,
+                            float* out, float* scratch, const Input& in, int64_t row,
+                            int64_t column) {
+  const int64_t H = m.H, last = length + count - 1, padded_last = (last + 31) / 32 * 32;
+  const float scale = 1.0f / std::sqrt(float(H));
+  const QueryTiles queries{reinterpret_cast<uint32_t*>(scratch), count, std::min(count, TILE), H};
+  uint32_t *rows = queries.data + AMX_QUERIES * H, *values = rows + TILE * H;
+  for (int64_t g = 0; g < m.N / m.K; g++) {
+    queries.pack(q + g * H, q_stride, rows);
+    {
+      const TileRegisters registers(TILE, queries.width);
+      k.for_each_block(last, [&](int64_t first, int64_t here, const uint16_t* at,
+                                 const NextKV<uint16_t>& ahead) {
+        // The last 32 keys may be stale beyond `last`, as in `attention_scores`.
+        for (int64_t p = 0; p < here; p += 32) {
+          if (g == 0) ahead.prefetch(p, p + 32 < here ? 32 : k.size);
+          scores_of_keys(at + p * H, queries, scale, scores + first + p, scores_stride);
+        }
+      });
+    }
+    float totals[AMX_QUERIES];
+    for (int64_t x = 0; x < count; x++) {
+      float* here = scores + x * scores_stride;
+      totals[x] = softmax_numerators(here, length + x);
+      std::fill(here + length + x, here + padded_last, 0);  // keys of later rows
+      split_weights(here, padded_last);
+    }
+    const TileRegisters registers(std::min(count, TILE), TILE);
+    for (int64_t first = 0; first < last; first += AMX_POSITIONS) {
+      const int64_t end = std::min(last, first + AMX_POSITIONS);
+      for (int64_t p = first; p < end; p += 32) {
+        const int64_t next = p / v.size + 1;  // block
+        const uint16_t* ahead = next * v.size < last ? v.block(next) : v.next;
+        if (g == 0 && ahead)
+          NextKV<uint16_t>{ahead, v.size, H}.prefetch(p % v.size, 32);
+        pack_values(v.block(p / v.size) + p % v.size * H, last - p, H,
+                    values + (p - first) * (H / 2));
+      }
+      for (int64_t x = 0; x < count; x += TILE)
+        accumulate_values(scores + x * scores_stride + first, scores_stride, values,
+                          (end - first + 31) / 32, H, first == 0, out + x * H);
+    }
+    for (int64_t x = 0; x < count; x++) {
+      for (int64_t i = 0; i < H; i++) out[x * H + i] /= totals[x];
+      in.store(row + x, column + g * H, out + x * H, H);
+    }
+  }
+}
+#else
+const int64_t AMX_SCRATCH_VECTORS = 0;
+#endif
+
 // silu(gate) * up, for some columns of all rows; rows of `gates` and `ups` are `stride` floats
 // apart.
 NOINLINE void swiglu(const float* gates, const float* ups, int64_t stride, Range range, int64_t R,
@@ -851,9 +943,8 @@ struct AttentionLayer {
     cached_head(row, head, 1).store(position, new_v);
   }
 
-  void attend_row(int64_t row, int64_t head, float* scratch) const {
-    const int64_t n = head * (m.N / m.K) * m.H;
-    const float* q = qkv + row * qkv_width + n;
+  // Keys and values of a head, with what is read after them, for prefetching.
+  std::pair<CachedHead<T>, CachedHead<T>> keys_and_values(int64_t row, int64_t head) const {
     CachedHead<T> k = cached_head(row, head, 0), v = cached_head(row, head, 1);
     k.next = v.block(0);
     // After the values, the keys of the next task are read.
@@ -861,21 +952,38 @@ struct AttentionLayer {
       v.next = cached_head(row, head + 1, 0).block(0);
     else if (row + 1 < rows.count)
       v.next = cached_head(row + 1, 0, 0).block(0);
-    attend(m, k, v, rows.positions[row] + 1, q, scratch + m.H, scratch, attention_out, row, n);
+    return {k, v};
+  }
+
+  void attend_row(int64_t row, int64_t head, float* scratch) const {
+    if (attends_on_amx<T>(m)) return attend_rows(row, 1, head, scratch);
+    const int64_t n = head * (m.N / m.K) * m.H;
+    const auto [k, v] = keys_and_values(row, head);
+    attend(m, k, v, rows.positions[row] + 1, qkv + row * qkv_width + n, scratch + m.H, scratch,
+           attention_out, row, n);
   }
 
   // `attend_row` for `count` rows of one sequence.
   void attend_rows(int64_t row, int64_t count, int64_t head, float* scratch) const {
     const int64_t n = head * (m.N / m.K) * m.H, stride = leading_dimension(rows.max_length);
     float *out = scratch, *tile_scratch = out + MAX_QUERIES * m.H,
-          *scores = tile_scratch + SCRATCH_VECTORS * m.H;
-    attend_tile(m, cached_head(row, head, 0), cached_head(row, head, 1), rows.positions[row] + 1,
-                count, qkv + row * qkv_width + n, qkv_width, scores, stride, out, tile_scratch,
-                attention_out, row, n);
+          *scores = tile_scratch + MAX_SCRATCH_VECTORS * m.H;
+    const auto [k, v] = keys_and_values(row, head);
+#if defined(USE_AMX)
+    if constexpr (std::is_same_v<T, uint16_t>)
+      if (attends_on_amx<T>(m))
+        return attend_on_amx(m, k, v, rows.positions[row] + 1, count, qkv + row * qkv_width + n,
+                             qkv_width, scores, stride, out, tile_scratch, attention_out, row, n);
+#endif
+    attend_tile(m, k, v, rows.positions[row] + 1, count, qkv + row * qkv_width + n, qkv_width,
+                scores, stride, out, tile_scratch, attention_out, row, n);
   }
 
+  static const int64_t MAX_SCRATCH_VECTORS =
+      AMX_SCRATCH_VECTORS > SCRATCH_VECTORS ? AMX_SCRATCH_VECTORS : SCRATCH_VECTORS;
+
   static int64_t scratch_size(int64_t H, int64_t max_length) {
-    return (MAX_QUERIES + SCRATCH_VECTORS) * H + MAX_QUERIES * leading_dimension(max_length);
+    return (MAX_QUERIES + MAX_SCRATCH_VECTORS) * H + MAX_QUERIES * leading_dimension(max_length);
   }
 
   // The cost of a row, in keys read; storing and rotating counts as some.
@@ -911,7 +1019,7 @@ struct AttentionLayer {
         do done += cost(row + count++);
         while (count < MAX_QUERIES && rows.follows(row, count) && done < last &&
                mine == (done >= first));
-        if (mine && count >= MIN_QUERIES && m.H % 16 == 0)
+        if (mine && m.H % 16 == 0 && (count >= MIN_QUERIES || attends_on_amx<T>(m)))
           attend_rows(row, count, head, scratch);
         else if (mine)
           for (int64_t x = 0; x < count; x++) attend_row(row + x, head, scratch);
@@ -973,36 +1081,54 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
                   *std::max_element(positions, positions + R) + 1};
   const int64_t D = m.D, qkv_width = leading_dimension((m.N + 2 * m.K) * m.H),
                 y_width = leading_dimension(D), inner_width = leading_dimension(m.F);
-  const bool bf16 = takes_bf16_input(m.layers[0].q_proj);  // all matrices have one format
+  const Matrix& any = m.layers[0].q_proj;  // all matrices have one format
   ScopedArena arena;
-  const Input attention_out = arena.allocate_input(R, m.N * m.H, bf16),
-              inner = arena.allocate_input(R, m.F, bf16);
+  const Input attention_out = arena.allocate_input(any, R, m.N * m.H),
+              inner = arena.allocate_input(any, R, m.F);
   float *qkv = arena->allocate<float>(R * qkv_width), *y = arena->allocate<float>(R * y_width);
-  float *gates = arena->allocate<float>(R * inner_width),
-        *ups = arena->allocate<float>(R * inner_width);
+  float *gates = nullptr, *ups = nullptr;
+  if (!inner.tiles) {
+    gates = arena->allocate<float>(R * inner_width);
+    ups = arena->allocate<float>(R * inner_width);
+  }
   std::vector<LayerPartitions> partitions;
   for (int64_t i = 0; i < m.layer_count; i++) partitions.emplace_back(m.layers[i], R, threads);
   Barrier barrier;
   const auto attention_in_format = m.cache_format == FP32   ? attention<float>
                                    : m.cache_format == BF16 ? attention<uint16_t>
                                                             : attention<int8_t>;
+  // Few rows: each thread has its own x and computes the same norms and residual sums, which saves
+  // barriers. Many rows are divided among the threads, by tiles.
+  const int64_t tiles = (R + TILE - 1) / TILE;
+  const bool divided = tiles > 1 && threads > 1;
+  std::optional<Input> shared_in;
+  float* shared_x = nullptr;
+  if (divided) {
+    shared_in = arena.allocate_input(any, R, D);
+    shared_x = arena->allocate<float>(R * D);
+  }
 #pragma omp parallel num_threads(threads)
   {
-    // Each thread has its own x and computes the same norms and residual sums: that saves barriers.
     ScopedArena local_arena;
-    const Input in = local_arena.allocate_input(R, D, bf16);
-    float *x = local_arena->allocate<float>(R * D), *norm_scratch = local_arena->allocate<float>(D);
+    const Input in = divided ? *shared_in : local_arena.allocate_input(any, R, D);
+    float* x = divided ? shared_x : local_arena->allocate<float>(R * D);
+    float* norm_scratch = local_arena->allocate<float>(D);
     float* scratch =
         local_arena->allocate<float>(AttentionLayer<float>::scratch_size(m.H, rows.max_length));
-    std::memcpy(x, x_RD, R * D * sizeof(float));
+    Range own{0, R};  // rows
+    if (divided) {
+      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+      own = {std::min(R, tiles * thread / team * TILE),
+             std::min(R, tiles * (thread + 1) / team * TILE)};
+    }
+    std::memcpy(x + own.begin * D, x_RD + own.begin * D,
+                (own.end - own.begin) * D * sizeof(float));
     const auto sublayer_input = [&](const float* norm) {
-      if (m.norm_after)
-        store_input(x, R, D, in);
-      else
-        store_normed_input(x, norm, R, D, m.eps, in);
+      store_input(x, m.norm_after ? nullptr : norm, own, D, m.eps, in);
+      if (divided) barrier.wait();
     };
     const auto add_sublayer_output = [&](const float* norm) {
-      add_residual(x, y, y_width, m.norm_after ? norm : nullptr, R, D, m.eps, norm_scratch);
+      add_residual(x, y, y_width, m.norm_after ? norm : nullptr, own, D, m.eps, norm_scratch);
     };
     for (int64_t i = 0; i < m.layer_count; i++) {
       const Layer& l = m.layers[i];
@@ -1029,6 +1155,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
       {
         const Gemm gemm(l.gate_proj, in, R);
         work.gate_up.for_each([&](Range range) {
+          if (in.tiles) return gemm.multiply_swiglu(l.gate_proj, l.up_proj, range, inner);
           gemm.multiply(l.gate_proj, range, gates, inner_width);
           gemm.multiply(l.up_proj, range, ups, inner_width);
           swiglu(gates, ups, inner_width, range, R, inner);
@@ -1042,9 +1169,10 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
       barrier.wait();
       add_sublayer_output(l.feed_forward_norm);
     }
-#pragma omp single nowait
-    for (int64_t row = 0; row < R; row++)
-      rms_norm(x + row * D, m.final_norm, D, m.eps, x_RD + row * D);
+    // Rows that are not divided are the same in all threads.
+    if (divided || omp_get_thread_num() == 0)
+      for (int64_t row = own.begin; row < own.end; row++)
+        rms_norm(x + row * D, m.final_norm, D, m.eps, x_RD + row * D);
   }
 }
 
@@ -1052,8 +1180,8 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
 void earlyfusion_gemm(const Matrix* matrix, int64_t R, const float* x, int64_t columns, float* y,
                       int64_t threads) {
   ScopedArena arena;
-  const Input in = arena.allocate_input(R, columns, takes_bf16_input(*matrix));
-  store_input(x, R, columns, in);
+  const Input in = arena.allocate_input(*matrix, R, columns);
+  store_input(x, nullptr, {0, R}, columns, 0, in);
   RowPartition work = partition(*matrix, R, threads);
 #pragma omp parallel num_threads(threads)
   {

@@ -196,7 +196,7 @@ class Gemm {
     static thread_local Workspace tiles;
     if (uses_amx(m, R)) {
       if (m.format == BF16)
-        amx_bf16_.emplace(m, in, R, tiles);
+        amx_bf16_.emplace(in, R);
       else
         amx_integer_.emplace(m, in, R, tiles);
       return;
@@ -264,6 +264,15 @@ class Gemm {
     }
   }
 
+  // inner = silu(x gate^T) * (x up^T), for the columns of the range; if `takes_tiles`.
+  void multiply_swiglu(const Matrix& gate, const Matrix& up, Range range,
+                       const Input& inner) const {
+#if defined(USE_AMX)
+    static thread_local Workspace sums, gate_copy, up_copy;
+    amx_bf16_->multiply_swiglu(gate, up, range, sums, gate_copy, up_copy, inner);
+#endif
+  }
+
  private:
 #if defined(USE_AMX)
   std::optional<AmxBf16Gemm> amx_bf16_;
@@ -288,8 +297,11 @@ class Gemm {
 RowPartition partition(const Matrix& m, int64_t R, int64_t threads) {
   int64_t chunk = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
 #if defined(USE_AMX)
-  if (uses_amx(m, R))
-    return RowPartition(m.rows, std::max(TILE, std::min(AMX_NR, chunk / TILE * TILE)), threads);
+  if (uses_amx(m, R)) {
+    const int64_t panel = m.format == BF16 ? panel_rows(R) : AMX_INTEGER_NR;
+    chunk = std::min(panel, m.rows / threads / 4);
+    return RowPartition(m.rows, std::max(TILE, chunk / TILE * TILE), threads);
+  }
 #endif
 #if defined(USE_AVX512)
   if (has_avx512_kernel(m)) {

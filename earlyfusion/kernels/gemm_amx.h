@@ -17,29 +17,21 @@
 
 #include "gemm_avx512.h"
 
-#if defined(USE_AVX512) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
-#define USE_AMX
-
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(USE_AMX)
 
 namespace {
 
-// Linux gives a process the tile registers when it asks for them. False in a sandbox that forbids
-// the question.
-inline bool amx_permitted() {
-  const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  static const bool permitted =
-      syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-  return permitted;
-}
-
-const int64_t TILE = 16;             // rows of a tile, and words of its rows
 const int64_t TILE_WORDS = 256;      // words of a tile
-const int64_t AMX_NR = 64;           // rows of weights of a panel
+const int64_t AMX_NR = 256;          // rows of weights of a panel, at most
+const int64_t AMX_INTEGER_NR = 64;   // the same for int8 weights
 const int64_t AMX_KC_WORDS = 1024;   // words of a row in a block, so that a panel stays in L2
-const int64_t AMX_INT4_MIN_ROWS = 20;  // rows of input from which on int4 weights are multiplied
-                                       // here, as measured
+const int64_t PANEL_TILES = AMX_NR / TILE;
+// Rows of input from which on int4 weights are multiplied here, as measured.
+const int64_t AMX_INT4_MIN_ROWS = 20;
+
+// Rows of weights of a panel. Up to 256 rows of input stay in the L2 cache beside a small panel;
+// more of them are read from L3 for each panel, so it is as large as L2 allows.
+inline int64_t panel_rows(int64_t R) { return R <= 256 ? 64 : AMX_NR; }
 
 // Whether a product with R rows of input runs on AMX.
 inline bool uses_amx(const Matrix& m, int64_t R) {
@@ -80,12 +72,12 @@ struct Int8Tiles {
   }
 };
 
-// The tile registers of this thread while it is in scope: 0 to 3 hold sums, 4 and 5 weights, 6 and
-// 7 input. Tiles of input and of sums have `width` columns. Registers that are released make
-// switching between threads cheaper.
+// The tile registers of this thread while it is in scope: 0 to 3 hold sums, 4 and 5 the first
+// operand, of which `rows` are used, 6 and 7 the second one; `width` are its columns and those of
+// the sums. Registers that are released make switching between threads cheaper.
 class TileRegisters {
  public:
-  explicit TileRegisters(int64_t width) {
+  TileRegisters(int64_t rows, int64_t width) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -93,7 +85,7 @@ class TileRegisters {
     } config;
     for (int t = 0; t < 8; t++) {
       config.row_bytes[t] = t == 4 || t == 5 ? 64 : 4 * width;
-      config.rows[t] = TILE;
+      config.rows[t] = t < 6 ? rows : TILE;
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -106,10 +98,10 @@ class TileRegisters {
 // The sums of a tile of weights and a tile of input are [16, width]; tiles of them lie TILE_WORDS
 // apart.
 
-// The rows of a tile of weights are `stride` bytes apart, the tiles `distance`.
+// Up to four tiles of weights, whose rows are `stride` bytes apart.
 struct WeightTiles {
-  const char* data;
-  int64_t stride, distance;
+  const char* const* tiles;
+  int64_t stride;
 };
 
 template <int T, class Sum>
@@ -129,18 +121,18 @@ void accumulate_tiles(WeightTiles w, const uint32_t* x, int64_t width, int64_t s
   if (NW >= 2) begin_sums<1>(sums, width, first);
   if (NW == 4) begin_sums<2>(sums, width, first);
   if (NW == 4) begin_sums<3>(sums, width, first);
-  for (; steps > 0; steps--, w.data += 64, x += TILE * width) {
+  for (int64_t at = 0; at < 64 * steps; at += 64, x += TILE * width) {
     load_tile<6>(x, 4 * width);
-    load_tile<4>(w.data, w.stride);
+    load_tile<4>(w.tiles[0] + at, w.stride);
     Tiles::template accumulate<0, 4, 6>();
     if (NW >= 2) {
-      load_tile<5>(w.data + w.distance, w.stride);
+      load_tile<5>(w.tiles[1] + at, w.stride);
       Tiles::template accumulate<1, 5, 6>();
     }
     if (NW == 4) {
-      load_tile<4>(w.data + 2 * w.distance, w.stride);
+      load_tile<4>(w.tiles[2] + at, w.stride);
       Tiles::template accumulate<2, 4, 6>();
-      load_tile<5>(w.data + 3 * w.distance, w.stride);
+      load_tile<5>(w.tiles[3] + at, w.stride);
       Tiles::template accumulate<3, 5, 6>();
     }
   }
@@ -159,11 +151,11 @@ void accumulate_tiles_2x2(WeightTiles w, const uint32_t* x, int64_t x_distance,
   begin_sums<1>(sums, TILE, first);
   begin_sums<2>(sums, TILE, first);
   begin_sums<3>(sums, TILE, first);
-  for (; steps > 0; steps--, w.data += 64, x += TILE_WORDS) {
+  for (int64_t at = 0; at < 64 * steps; at += 64, x += TILE_WORDS) {
     load_tile<6>(x, 64);
-    load_tile<4>(w.data, w.stride);
+    load_tile<4>(w.tiles[0] + at, w.stride);
     Tiles::template accumulate<0, 4, 6>();
-    load_tile<5>(w.data + w.distance, w.stride);
+    load_tile<5>(w.tiles[1] + at, w.stride);
     Tiles::template accumulate<2, 5, 6>();
     load_tile<7>(x + x_distance, 64);
     Tiles::template accumulate<1, 4, 7>();
@@ -212,108 +204,137 @@ inline const char* whole_tile(const Matrix& m, int64_t n, Workspace& workspace) 
 
 // ---- bf16
 
-// R rows of input for products with bf16 weights.
+// silu(gates) * ups, [16, width] each, for 16 columns and a tile of rows. The results are rounded
+// to bf16 and stored as words [8, width] of the input of the next product.
+inline __attribute__((noinline)) void swiglu_tile(const float* gates, const float* ups,
+                                                  int64_t width, uint32_t* to) {
+  const __mmask16 valid = __mmask16((1u << width) - 1);
+  const auto rounded = [&](int64_t n) {
+    const floats16 gate = load(gates + n * width), up = load(ups + n * width);
+    const __m512i bits = __m512i(gate / (1.0f + vector_exp(-gate)) * up);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  };
+#pragma GCC unroll 8
+  for (int64_t n = 0; n < TILE; n += 2) {
+    const __m512i low = _mm512_srli_epi32(rounded(n), 16), high = rounded(n + 1);
+    _mm512_mask_storeu_epi32(to + n / 2 * width, valid,
+                             _mm512_mask_mov_epi16(low, 0xaaaaaaaa, high));
+  }
+}
+
+// R rows of input, as tiles, for products with bf16 weights.
 class AmxBf16Gemm {
  public:
-  AmxBf16Gemm(const Matrix& m, const Input& in, int64_t R, Workspace& workspace)
-      : R_(R), words_(m.stride / 2), width_(std::min(R, TILE)) {
-    const uint32_t* x = reinterpret_cast<const uint32_t*>(in.bf16);
-    x_ = x;
-    if (R == 1) return;  // the row itself is its tiles of one column
-    uint32_t* packed =
-        reinterpret_cast<uint32_t*>(workspace.reserve((R + TILE - 1) / TILE * width_ * words_));
-    x_ = packed;
-    for (int64_t first = 0; first < R; first += TILE, packed += width_ * words_) {
-      const uint32_t* rows[TILE];
-      const int64_t count = std::min(TILE, R - first);
-      for (int64_t i = 0; i < count; i++) rows[i] = x + (first + i) * (in.stride / 2);
-      pack_tiles(rows, count, width_, words_, packed);
+  AmxBf16Gemm(const Input& in, int64_t R)
+      : in_(in), R_(R), tile_count_((R + TILE - 1) / TILE), words_(in.stride / 2) {}
+
+  // y[row, n] = x[row] . m[n] for all rows of input and the n of the range.
+  void multiply(const Matrix& m, Range range, Workspace& workspace, Workspace& copy, float* y,
+                int64_t y_stride) const {
+    const TileRegisters registers(TILE, in_.width);
+    const int64_t panel = panel_rows(R_);
+    for (int64_t begin = range.begin; begin < range.end; begin += panel) {
+      const int64_t end = std::min(range.end, begin + panel);
+      const char* weights[PANEL_TILES];
+      int64_t count = 0;
+      for (int64_t n = begin; n < end; n += TILE) weights[count++] = whole_tile(m, n, copy);
+      for_each_pair(weights, count, workspace,
+                    [&](int64_t first, int64_t tile, const float* a, const float* b) {
+                      const int64_t n = begin + first * TILE;
+                      store_results(a, tile, n, end, y, y_stride);
+                      if (b) store_results(b, tile, n + TILE, end, y, y_stride);
+                    });
     }
   }
 
-  void multiply(const Matrix& m, Range range, Workspace& workspace, Workspace& copy, float* y,
-                int64_t y_stride) const {
-    const TileRegisters registers(width_);
-    // A pass over a panel reads 32 rows of input. With several, blocks of columns stay in L2.
-    const int64_t blocks = R_ <= 2 * TILE ? 1 : (words_ + AMX_KC_WORDS - 1) / AMX_KC_WORDS,
-                  block_words = (words_ / TILE + blocks - 1) / blocks * TILE;
-    const int64_t tiles = (R_ + TILE - 1) / TILE, pairs = tiles / 2;
-    float* sums = workspace.reserve((blocks > 1 ? tiles : 2) * (AMX_NR * TILE));
-    for (int64_t begin = range.begin; begin < range.end; begin += AMX_NR) {
-      const int64_t end = std::min(range.end, begin + AMX_NR);
-      for (int64_t k0 = 0; k0 < words_; k0 += block_words) {
-        const Block block{k0, std::min(block_words, words_ - k0), k0 + block_words >= words_};
-        for (int64_t pair = 0; pair < pairs; pair++)
-          multiply_pair(m, {begin, end}, block, 2 * pair,
-                        sums + (blocks > 1 ? pair : 0) * (2 * AMX_NR * TILE), copy, y, y_stride);
-        if (tiles % 2)
-          multiply_tile(m, {begin, end}, block, tiles - 1,
-                        sums + (blocks > 1 ? pairs : 0) * (2 * AMX_NR * TILE), copy, y, y_stride);
+  // inner = silu(x gate^T) * (x up^T), for the columns of the range.
+  void multiply_swiglu(const Matrix& gate, const Matrix& up, Range range, Workspace& workspace,
+                       Workspace& gate_copy, Workspace& up_copy, const Input& inner) const {
+    const TileRegisters registers(TILE, in_.width);
+    const int64_t panel = panel_rows(R_) / 2;
+    for (int64_t begin = range.begin; begin < range.end; begin += panel) {
+      const int64_t end = std::min(range.end, begin + panel);
+      const char* weights[PANEL_TILES];  // of `gate` and of `up` in turn
+      int64_t count = 0;
+      for (int64_t n = begin; n < end; n += TILE) {
+        weights[count++] = whole_tile(gate, n, gate_copy);
+        weights[count++] = whole_tile(up, n, up_copy);
       }
+      for_each_pair(weights, count, workspace,
+                    [&](int64_t first, int64_t tile, const float* gates, const float* ups) {
+                      const int64_t n = begin + first / 2 * TILE;
+                      swiglu_tile(gates, ups, in_.width, inner.tile(tile) + n / 2 * in_.width);
+                    });
     }
   }
 
  private:
-  // Words k0 to k0 + words - 1 of all rows.
-  struct Block {
-    int64_t k0, words;
-    bool last;
-  };
 
-  const uint32_t* tile(int64_t number, const Block& block) const {
-    return x_ + (number * words_ + block.k0) * width_;
+  // Multiplies tiles of weights with all tiles of input. For each two tiles of weights and each
+  // tile of input it calls `visit(number of the first of them, tile, sums, sums of the second)`.
+  // The last of an odd number of tiles is alone: then the second sums are null.
+  template <class Visit>
+  void for_each_pair(const char* const* weights, int64_t count, Workspace& workspace,
+                     Visit visit) const {
+    // A pass over the weights reads two tiles of input. With several passes, blocks of columns stay
+    // in the L2 cache, and sums are kept from block to block.
+    const int64_t blocks = tile_count_ <= 2 ? 1 : (words_ + AMX_KC_WORDS - 1) / AMX_KC_WORDS,
+                  block_words = (words_ / TILE + blocks - 1) / blocks * TILE;
+    const int64_t kept = blocks > 1 ? 2 * count * TILE_WORDS : 0;  // for two tiles of input
+    float* all_sums = workspace.reserve(
+        std::max<int64_t>(4 * TILE_WORDS, kept * ((tile_count_ + 1) / 2)));
+    for (int64_t k0 = 0; k0 < words_; k0 += block_words) {
+      const int64_t steps = std::min(block_words, words_ - k0) / TILE;
+      const bool first = k0 == 0, last = k0 + block_words >= words_;
+      for (int64_t t = 0; t < tile_count_; t += 2) {
+        const uint32_t *x = in_.tile(t) + k0 * in_.width, *x2 = in_.tile(t + 1) + k0 * in_.width;
+        const bool two = t + 1 < tile_count_;
+        float* sums = all_sums + t / 2 * kept;
+        for (int64_t j = 0, step; j < count; j += step) {
+          const char* tiles[4];
+          step = std::min<int64_t>(two ? 2 : 4, count - j);
+          if (step == 3) step = 2;
+          for (int64_t i = 0; i < step; i++) tiles[i] = weights[j + i] + 4 * k0;
+          const WeightTiles w{tiles, 4 * words_};
+          if (step == 4)
+            accumulate_tiles<Bf16Tiles, 4>(w, x, in_.width, steps, first, sums);
+          else if (two && step == 2)
+            accumulate_tiles_2x2<Bf16Tiles>(w, x, x2 - x, steps, first, sums);
+          else if (step == 2)
+            accumulate_tiles<Bf16Tiles, 2>(w, x, in_.width, steps, first, sums);
+          else
+            accumulate_tiles<Bf16Tiles, 1>(w, x, in_.width, steps, first, sums);
+          if (two && step == 1)
+            accumulate_tiles<Bf16Tiles, 1>(w, x2, in_.width, steps, first, sums + TILE_WORDS);
+          // Sums of two tiles of input lie side by side.
+          const int64_t next = (two ? 2 : 1) * TILE_WORDS;
+          for (int64_t i = 0; last && i < step; i += 2)
+            for (int64_t e = 0; e < (two ? 2 : 1); e++) {
+              const float* a = sums + i * next + e * TILE_WORDS;
+              visit(j + i, t + e, a, step > 1 ? a + next : nullptr);
+            }
+          if (kept) sums += step * next;
+        }
+      }
+    }
   }
 
-  // The products of a tile of input and rows n to n + 15 of the weights, from their sums.
-  void store_results(const float* sums, int64_t number, int64_t n, int64_t rows, float* y,
+  // Stores the products of a tile of input and rows n to n + 15 of the weights.
+  void store_results(const float* sums, int64_t tile, int64_t n, int64_t end, float* y,
                      int64_t y_stride) const {
-    const int64_t first = number * TILE, count = std::min(TILE, R_ - first);
-    const __mmask16 valid = __mmask16((1u << std::min(TILE, rows - n)) - 1);
+    const int64_t first = tile * TILE, count = std::min(TILE, R_ - first);
+    const __mmask16 valid = __mmask16((1u << std::min(TILE, end - n)) - 1);
     __m512i v[TILE];
-    transpose_sums(sums, width_, v);
+    transpose_sums(sums, in_.width, v);
     float* to = y + first * y_stride + n;
 #pragma GCC unroll 16
     for (int i = 0; i < TILE; i++)
       if (i < count) _mm512_mask_storeu_epi32(to + i * y_stride, valid, v[i]);
   }
 
-  // One tile of input.
-  void multiply_tile(const Matrix& m, Range range, const Block& block, int64_t number, float* sums,
-                     Workspace& copy, float* y, int64_t y_stride) const {
-    const int64_t bytes = row_bytes(m), steps = block.words / TILE;
-    const bool first = block.k0 == 0;
-    for (int64_t n = range.begin, tiles; n < range.end; n += tiles * TILE, sums += tiles * TILE_WORDS) {
-      tiles = range.end - n >= 4 * TILE ? 4 : 1;
-      const WeightTiles w{whole_tile(m, n, copy) + 4 * block.k0, bytes, TILE * bytes};
-      if (tiles == 4)
-        accumulate_tiles<Bf16Tiles, 4>(w, tile(number, block), width_, steps, first, sums);
-      else
-        accumulate_tiles<Bf16Tiles, 1>(w, tile(number, block), width_, steps, first, sums);
-      for (int64_t t = 0; block.last && t < tiles; t++)
-        store_results(sums + t * TILE_WORDS, number, n + t * TILE, range.end, y, y_stride);
-    }
-  }
-
-  // Two tiles of input.
-  void multiply_pair(const Matrix& m, Range range, const Block& block, int64_t number, float* sums,
-                     Workspace& copy, float* y, int64_t y_stride) const {
-    const int64_t bytes = row_bytes(m), steps = block.words / TILE, second = width_ * words_;
-    const bool first = block.k0 == 0;
-    int64_t n = range.begin;
-    for (; n + 2 * TILE <= range.end; n += 2 * TILE, sums += 4 * TILE_WORDS) {
-      const WeightTiles w{whole_tile(m, n, copy) + 4 * block.k0, bytes, TILE * bytes};
-      accumulate_tiles_2x2<Bf16Tiles>(w, tile(number, block), second, steps, first, sums);
-      for (int t = 0; block.last && t < 4; t++)
-        store_results(sums + t * TILE_WORDS, number + t % 2, n + t / 2 * TILE, range.end, y,
-                      y_stride);
-    }
-    if (n == range.end) return;
-    multiply_tile(m, {n, range.end}, block, number, sums, copy, y, y_stride);
-    multiply_tile(m, {n, range.end}, block, number + 1, sums + 2 * TILE_WORDS, copy, y, y_stride);
-  }
-
-  int64_t R_, words_, width_;
-  const uint32_t* x_;  // [tile, words / 16, 16, width]
+  const Input& in_;
+  int64_t R_, tile_count_, words_;
 };
 
 // ---- int8 and int4
@@ -359,7 +380,7 @@ class AmxIntegerGemm {
 
   void multiply(const Matrix& m, Range range, Workspace& workspace, Workspace& copy, float* y,
                 int64_t y_stride) const {
-    const TileRegisters registers(2 * rows_);
+    const TileRegisters registers(TILE, 2 * rows_);
     float* buffer = workspace.reserve(5 * TILE_WORDS + 2 * TILE * PLANE_STRIDE / 4);
     const Scratch scratch{reinterpret_cast<int32_t*>(buffer),
                           reinterpret_cast<char*>(buffer + 5 * TILE_WORDS), copy};
@@ -368,9 +389,10 @@ class AmxIntegerGemm {
         for (int64_t k0 = 0; k0 < stride_; k0 += KC)
           multiply_int4(m, n, range.end, k0, scratch, y, y_stride);
     else
-      for (int64_t begin = range.begin; begin < range.end; begin += AMX_NR)
+      for (int64_t begin = range.begin; begin < range.end; begin += AMX_INTEGER_NR)
         for (int64_t k0 = 0; k0 < stride_; k0 += KC)
-          multiply_int8(m, {begin, std::min(range.end, begin + AMX_NR)}, k0, scratch, y, y_stride);
+          multiply_int8(m, {begin, std::min(range.end, begin + AMX_INTEGER_NR)}, k0, scratch, y,
+                        y_stride);
   }
 
  private:
@@ -404,8 +426,8 @@ class AmxIntegerGemm {
     if (tiles % 2) kernel1(tiles - 1);
   }
 
-  // Adds the dequantised products of one tile of input and rows n to n + 15 of the weights to y; the
-  // first block overwrites it. `sums`: of all bits of int8 weights or of the high bits of int4
+  // Adds the dequantised products of one tile of input and rows n to n + 15 of the weights to y;
+  // the first block overwrites it. `sums`: of all bits of int8 weights or of the high bits of int4
   // ones; `low_sums`: of the low bits of int4 weights.
   void store_results(const int32_t* sums, const int32_t* low_sums, __m512 scales, int64_t number,
                      int64_t n, int64_t end, int64_t k0, float* y, int64_t y_stride) const {
@@ -431,8 +453,11 @@ class AmxIntegerGemm {
   void multiply_int8(const Matrix& m, Range range, int64_t k0, const Scratch& scratch, float* y,
                      int64_t y_stride) const {
     const int64_t steps = std::min(KC, stride_ - k0) / 64, distance = tile_distance(k0);
-    const auto weights = [&](int64_t n) {
-      return WeightTiles{whole_tile(m, n, scratch.copy) + k0, stride_, TILE * stride_};
+    const char* weights[PANEL_TILES];
+    for (int64_t n = range.begin; n < range.end; n += TILE)
+      weights[(n - range.begin) / TILE] = whole_tile(m, n, scratch.copy) + k0;
+    const auto tiles_from = [&](int64_t n) {
+      return WeightTiles{weights + (n - range.begin) / TILE, stride_};
     };
     const auto store = [&](int64_t sum, int64_t number, int64_t n) {
       const __mmask16 valid = __mmask16((1u << std::min(TILE, range.end - n)) - 1);
@@ -445,14 +470,14 @@ class AmxIntegerGemm {
       for (int64_t n = begin, count; n < range.end; n += count * TILE) {
         count = range.end - n >= 4 * TILE ? 4 : 1;
         (count == 4 ? accumulate_tiles<Int8Tiles, 4> : accumulate_tiles<Int8Tiles, 1>)(
-            weights(n), tile(number, k0), 2 * rows_, steps, true, scratch.sums);
+            tiles_from(n), tile(number, k0), 2 * rows_, steps, true, scratch.sums);
         for (int64_t t = 0; t < count; t++) store(t, number, n + t * TILE);
       }
     };
     const auto two_tiles = [&](int64_t number) {
       int64_t n = range.begin;
       for (; n + 2 * TILE <= range.end; n += 2 * TILE) {
-        accumulate_tiles_2x2<Int8Tiles>(weights(n), tile(number, k0), distance, steps, true,
+        accumulate_tiles_2x2<Int8Tiles>(tiles_from(n), tile(number, k0), distance, steps, true,
                                         scratch.sums);
         for (int t = 0; t < 4; t++) store(t, number + t % 2, n + t / 2 * TILE);
       }
@@ -476,7 +501,8 @@ class AmxIntegerGemm {
       char* at = scratch.planes + r * PLANE_STRIDE;
       for (int64_t c = 0; c < columns; c += 32) split(row.unpack(c), at + c, at + plane + c);
     }
-    const WeightTiles weights{scratch.planes, PLANE_STRIDE, plane};
+    const char* planes[] = {scratch.planes, scratch.planes + plane};
+    const WeightTiles weights{planes, PLANE_STRIDE};
     const auto store = [&](int64_t sum, int64_t low_sum, int64_t number) {
       store_results(scratch.sums + sum * TILE_WORDS, scratch.sums + low_sum * TILE_WORDS,
                     _mm512_load_ps(scales), number, n, end, k0, y, y_stride);

@@ -17,6 +17,10 @@
 #include <type_traits>
 
 #include "simd.h"
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -34,6 +38,39 @@ inline int64_t row_bytes(const Matrix& m) {
   return m.stride * bits[m.format] / 8;
 }
 
+// Whether products with this matrix read the input in bf16.
+bool takes_bf16_input(const Matrix& m) {
+#if defined(USE_AVX2) || defined(USE_AVX512)
+  return m.format == BF16;  // the kernels for int8 and int4 quantise the fp32 input themselves
+#else
+  return m.format == BF16 || m.format == INT4;
+#endif
+}
+
+// ---- AMX
+
+#if defined(USE_AVX512) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define USE_AMX
+
+// Linux gives a process the tile registers when it asks for them. False in a sandbox that forbids
+// the question.
+inline bool amx_permitted() {
+  const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  static const bool permitted =
+      syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+  return permitted;
+}
+#endif
+
+// Whether products with this matrix read the input as tiles.
+inline bool takes_tiles(const Matrix& m) {
+#if defined(USE_AMX)
+  return m.format == BF16 && amx_permitted();
+#else
+  return false;
+#endif
+}
+
 // An input element rounded to bf16. On AVX2, which has no product of bf16, it is stored as a float.
 #if defined(USE_AVX2)
 typedef float bf16_operand_t;
@@ -43,15 +80,28 @@ typedef uint16_t bf16_operand_t;
 inline uint16_t to_bf16_operand(float x) { return float_to_bf16(x); }
 #endif
 
+const int64_t TILE = 16;  // rows of a tile of AMX, and words of 32 bits of its rows
+
 // The input of a product, R rows in fp32 and, where the weights call for it, also rounded to bf16.
-// Columns are padded with zeros to a multiple of 64.
+// Columns are padded with zeros to a multiple of 64. For bf16 weights on AMX it is tiles instead:
+// of 16 rows each, transposed, so that `width` words with the same two columns lie side by side.
 struct Input {
   float* fp32;
   bf16_operand_t* bf16;  // null if `takes_bf16_input` is false
   int64_t stride;
+  uint32_t* tiles = nullptr;  // [tile, stride / 2, width]; null if `takes_tiles` is false
+  int64_t width = 0;          // of a tile: 16, or R if that is less
 
-  // Stores n columns of a row.
+  uint32_t* tile(int64_t number) const { return tiles + number * (stride / 2) * width; }
+
+  // Stores n columns of a row; `column` and n are even.
   void store(int64_t row, int64_t column, const float* x, int64_t n) const {
+    if (tiles) {
+      uint32_t* at = tile(row / TILE) + column / 2 * width + row % TILE;
+      for (int64_t i = 0; i < n; i += 2, at += width)
+        *at = float_to_bf16(x[i]) | uint32_t(float_to_bf16(x[i + 1])) << 16;
+      return;
+    }
     std::memcpy(fp32 + row * stride + column, x, n * sizeof(float));
     if (bf16) to_bf16(bf16 + row * stride + column, x, n);
   }
@@ -174,8 +224,21 @@ class ScopedArena {
   ScopedArena(const ScopedArena&) = delete;
   Arena* operator->() { return arena_.get(); }
 
-  Input allocate_input(int64_t R, int64_t columns, bool bf16) {
+  // For products with matrices like `m`.
+  Input allocate_input(const Matrix& m, int64_t R, int64_t columns) {
     const int64_t stride = leading_dimension(columns), used = padded(columns);
+    if (takes_tiles(m)) {
+      const int64_t width = std::min(R, TILE), tiles = (R + TILE - 1) / TILE;
+      const Input in{nullptr, nullptr, used,
+                     arena_->allocate<uint32_t>(tiles * used / 2 * width), width};
+      // Also the rows beyond R of the last tile, so that no product meets old values.
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t whole = R - t * TILE < width ? 0 : columns / 2 * width;
+        std::fill_n(in.tile(t) + whole, used / 2 * width - whole, 0);
+      }
+      return in;
+    }
+    const bool bf16 = takes_bf16_input(m);
     const Input in{arena_->allocate<float>(R * stride),
                    bf16 ? arena_->allocate<bf16_operand_t>(R * stride) : nullptr, stride};
     for (int64_t at = columns; at < R * stride; at += stride) {
@@ -265,15 +328,6 @@ inline void dequantise_int4(const uint8_t* w, const uint16_t* scales, int64_t n,
     for (int i = 0; i < 32; i++) out[c + i] = float(int(at[i] & 15) - 8) * scale_1;
     for (int i = 0; i < 32; i++) out[c + 32 + i] = float(int(at[i] >> 4) - 8) * scale_2;
   }
-}
-
-// Whether products with this matrix read the input in bf16.
-bool takes_bf16_input(const Matrix& m) {
-#if defined(USE_AVX2) || defined(USE_AVX512)
-  return m.format == BF16;  // the kernels for int8 and int4 quantise the fp32 input themselves
-#else
-  return m.format == BF16 || m.format == INT4;
-#endif
 }
 
 }  // namespace
