@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -554,6 +555,21 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
         library = native.load(source)
         assert library is None or library.answer() == number
     assert native.sources(source) == [source, header, deeper]
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here")
+@pytest.mark.parametrize("name", ["cpu_step", "conv", "training", "unpack"])
+def test_clang_builds_every_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-O0"))  # faster than -O3
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("#include <omp.h>\n")
+    if native.load(empty) is None:
+        pytest.skip("this clang++ has no OpenMP")
+    assert native.load(Path(native.__file__).with_name(f"{name}.cpp")) is not None
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,14 @@
 #include <type_traits>
 
 #include "simd.h"
-#if defined(__AMX_BF16__) && defined(__linux__)
+// Older versions of Clang spell these macros in their own way.
+#if (defined(__AMX_BF16__) && defined(__AMX_INT8__)) || \
+    (defined(__AMXBF16__) && defined(__AMXINT8__))
+#if defined(USE_AVX512) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#define USE_AMX
+#endif
 #endif
 
 namespace {
@@ -49,9 +54,7 @@ bool takes_bf16_input(const Matrix& m) {
 
 // ---- AMX
 
-#if defined(USE_AVX512) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
-#define USE_AMX
-
+#if defined(USE_AMX)
 // Linux gives a process the tile registers when it asks for them. False in a sandbox that forbids
 // the question.
 inline bool amx_permitted() {

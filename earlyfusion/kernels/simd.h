@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
@@ -149,30 +151,38 @@ inline void prefetch(const void* at, int64_t distance) {
   __builtin_prefetch(static_cast<const char*>(at) + distance, 0, 2);
 }
 
+// The sums of the two halves of each run of 2 HALF elements of the pair (a, b).
+template <int HALF, class V, int... I>
+inline __attribute__((always_inline)) V add_halves(V a, V b, std::integer_sequence<int, I...>) {
+  // Element I is the sum of these elements of the pair: of the lower half and of the upper one.
+#define LOWER (I / HALF * 2 * HALF + I % HALF)
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, LOWER...) + __builtin_shufflevector(a, b, LOWER + HALF...);
+#else  // before 12, GCC has only this built-in; clang does not have it
+  const ints16 lower = {LOWER...};
+  return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, lower + HALF);
+#endif
+#undef LOWER
+}
+
 // The horizontal sums of N vectors, at most 16: element i of the result is the sum of vector i.
 // Each of four steps adds the two halves of every vector and packs the results of two vectors into
 // one.
 template <int N, class V>
 inline __attribute__((always_inline)) V horizontal_sums(V* v) {
-  // Shuffle indices into the pair (a, b): the lower 8, 4, 2 or 1 elements of each run of 16, 8, 4
-  // or 2.
-  const ints16 low_8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-  const ints16 low_4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-  const ints16 low_2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
-  const ints16 low_1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   const V zero = {};
-  auto fold = [&](int i, int n, ints16 low, int32_t step) __attribute__((always_inline)) {
+  auto fold = [&](int i, int n, auto half) __attribute__((always_inline)) {
     if (2 * i >= n) return;
     const V a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : zero;
-    v[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + step);
+    v[i] = add_halves<half.value>(a, b, std::make_integer_sequence<int, 16>());
   };
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) fold(i, N, low_8, 8);
+  for (int i = 0; i < 8; i++) fold(i, N, std::integral_constant<int, 8>());
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) fold(i, (N + 1) / 2, low_4, 4);
+  for (int i = 0; i < 4; i++) fold(i, (N + 1) / 2, std::integral_constant<int, 4>());
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) fold(i, (N + 3) / 4, low_2, 2);
-  fold(0, (N + 7) / 8, low_1, 1);
+  for (int i = 0; i < 2; i++) fold(i, (N + 3) / 4, std::integral_constant<int, 2>());
+  fold(0, (N + 7) / 8, std::integral_constant<int, 1>());
   return v[0];
 }
 
