@@ -11,7 +11,8 @@
 // weights are always multiplied here if the processor has AMX. int8 and int4: as in gemm_avx512.h;
 // levels of 16 bits are split into two of 8 bits, whose products are exact.
 //
-// The hardware prefetches the weights; prefetching them in software was slower (Sapphire Rapids).
+// With up to 16 rows of input, each tile of weights is multiplied while the next one is prefetched.
+// With more, prefetching in software was slower than leaving it to the hardware.
 
 #pragma once
 
@@ -26,6 +27,8 @@ const int64_t AMX_NR = 256;          // rows of weights of a panel, at most
 const int64_t AMX_INTEGER_NR = 64;   // the same for int8 weights
 const int64_t AMX_KC_WORDS = 1024;   // words of a row in a block, so that a panel stays in L2
 const int64_t PANEL_TILES = AMX_NR / TILE;
+// Words of a row from which on a few rows of input are multiplied tile by tile, as measured.
+const int64_t AMX_LONG_WORDS = 512;
 // Rows of input from which on int4 weights are multiplied here, as measured.
 const int64_t AMX_INT4_MIN_ROWS = 20;
 
@@ -113,15 +116,18 @@ ALWAYS_INLINE void begin_sums(const Sum* sums, int64_t width, bool first) {
 }
 
 // NW, 1, 2 or 4, tiles of weights and one tile of input, `width` words wide. `first`: the sums are
-// overwritten.
+// overwritten. If `next` is not null, a tile of weights there is prefetched, with NW = 1.
 template <class Tiles, int NW>
 void accumulate_tiles(WeightTiles w, const uint32_t* x, int64_t width, int64_t steps, bool first,
-                      typename Tiles::Sum* sums) {
+                      typename Tiles::Sum* sums, const char* next = nullptr) {
   begin_sums<0>(sums, width, first);
   if (NW >= 2) begin_sums<1>(sums, width, first);
   if (NW == 4) begin_sums<2>(sums, width, first);
   if (NW == 4) begin_sums<3>(sums, width, first);
   for (int64_t at = 0; at < 64 * steps; at += 64, x += TILE * width) {
+    if (NW == 1 && next)
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < TILE; r++) prefetch(next + r * w.stride, at);
     load_tile<6>(x, 4 * width);
     load_tile<4>(w.tiles[0] + at, w.stride);
     Tiles::template accumulate<0, 4, 6>();
@@ -297,7 +303,14 @@ class AmxBf16Gemm {
           if (step == 3) step = 2;
           for (int64_t i = 0; i < step; i++) tiles[i] = weights[j + i] + 4 * k0;
           const WeightTiles w{tiles, 4 * words_};
-          if (step == 4)
+          if (tile_count_ == 1 && words_ >= AMX_LONG_WORDS)
+            for (int64_t i = 0; i < step; i++) {
+              const bool more = j + i + 1 < count;
+              const char* next = more ? weights[j + i + 1] : weights[j + i] + TILE * w.stride;
+              accumulate_tiles<Bf16Tiles, 1>({tiles + i, w.stride}, x, in_.width, steps, first,
+                                             sums + i * TILE_WORDS, next);
+            }
+          else if (step == 4)
             accumulate_tiles<Bf16Tiles, 4>(w, x, in_.width, steps, first, sums);
           else if (two && step == 2)
             accumulate_tiles_2x2<Bf16Tiles>(w, x, x2 - x, steps, first, sums);
@@ -467,10 +480,15 @@ class AmxIntegerGemm {
                     y_stride);
     };
     const auto one_tile = [&](int64_t number, int64_t begin) {
+      const bool prefetches = tile_count() == 1 && stride_ / 4 >= AMX_LONG_WORDS;
       for (int64_t n = begin, count; n < range.end; n += count * TILE) {
-        count = range.end - n >= 4 * TILE ? 4 : 1;
-        (count == 4 ? accumulate_tiles<Int8Tiles, 4> : accumulate_tiles<Int8Tiles, 1>)(
-            tiles_from(n), tile(number, k0), 2 * rows_, steps, true, scratch.sums);
+        count = range.end - n >= 4 * TILE && !prefetches ? 4 : 1;
+        const WeightTiles w = tiles_from(n);
+        if (count == 4)
+          accumulate_tiles<Int8Tiles, 4>(w, tile(number, k0), 2 * rows_, steps, true, scratch.sums);
+        else
+          accumulate_tiles<Int8Tiles, 1>(w, tile(number, k0), 2 * rows_, steps, true, scratch.sums,
+                                         prefetches ? w.tiles[0] + TILE * stride_ : nullptr);
         for (int64_t t = 0; t < count; t++) store(t, number, n + t * TILE);
       }
     };
