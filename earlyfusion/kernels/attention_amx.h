@@ -19,14 +19,6 @@ namespace {
 const int64_t AMX_QUERIES = 32;     // at most
 const int64_t AMX_POSITIONS = 256;  // whose values are packed at a time
 
-// Rounds 16 floats to bf16, in the upper halves of words.
-ALWAYS_INLINE __m512i round_to_bf16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))),
-                          _mm512_set1_epi32(int32_t(0xffff0000)));
-}
-
 // Splits 16 floats into two bf16 each.
 ALWAYS_INLINE void split_into_bf16(__m512 x, void* high, void* low) {
   const __m512i upper = round_to_bf16(x);

@@ -210,6 +210,14 @@ inline const char* whole_tile(const Matrix& m, int64_t n, Workspace& workspace) 
 
 // ---- bf16
 
+// Rounds 16 floats to bf16, in the upper halves of words.
+ALWAYS_INLINE __m512i round_to_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))),
+                          _mm512_set1_epi32(int32_t(0xffff0000)));
+}
+
 // silu(gates) * ups, [16, width] each, for 16 columns and a tile of rows. The results are rounded
 // to bf16 and stored as words [8, width] of the input of the next product.
 inline __attribute__((noinline)) void swiglu_tile(const float* gates, const float* ups,
@@ -217,15 +225,12 @@ inline __attribute__((noinline)) void swiglu_tile(const float* gates, const floa
   const __mmask16 valid = __mmask16((1u << width) - 1);
   const auto rounded = [&](int64_t n) {
     const floats16 gate = load(gates + n * width), up = load(ups + n * width);
-    const __m512i bits = __m512i(gate / (1.0f + vector_exp(-gate)) * up);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return round_to_bf16(__m512(gate / (1.0f + vector_exp(-gate)) * up));
   };
 #pragma GCC unroll 8
   for (int64_t n = 0; n < TILE; n += 2) {
     const __m512i low = _mm512_srli_epi32(rounded(n), 16), high = rounded(n + 1);
-    _mm512_mask_storeu_epi32(to + n / 2 * width, valid,
-                             _mm512_mask_mov_epi16(low, 0xaaaaaaaa, high));
+    _mm512_mask_storeu_epi32(to + n / 2 * width, valid, _mm512_or_si512(low, high));
   }
 }
 
@@ -276,7 +281,6 @@ class AmxBf16Gemm {
   }
 
  private:
-
   // Multiplies tiles of weights with all tiles of input. For each two tiles of weights and each
   // tile of input it calls `visit(number of the first of them, tile, sums, sums of the second)`.
   // The last of an odd number of tiles is alone: then the second sums are null.
