@@ -635,4 +635,21 @@ def test_without_a_home_folder_torch_computes(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(native.Path, "home", home)
-    assert native.load(Path(cpu_step.__file__).with_suffix(".cpp")) is None
+    with pytest.warns(RuntimeWarning, match="home directory.*XDG_CACHE_HOME names a folder"):
+        assert native.load(Path(cpu_step.__file__).with_suffix(".cpp")) is None
+
+
+@needs_compiler
+def test_what_cannot_be_built_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "wrong.cpp"
+    source.write_text("int answer() { return unknown; }\n")
+    with pytest.warns(RuntimeWarning, match=r"^wrong.cpp cannot be built .*error: .*unknown.*torch"):
+        assert native.load(source) is None
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(RuntimeWarning, match="No such file or directory: 'no-such-compiler'"):
+        assert native.load(source) is None
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source))
+    with pytest.warns(RuntimeWarning, match="Not a directory.*XDG_CACHE_HOME names a folder"):
+        assert native.load(source) is None
