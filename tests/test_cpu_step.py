@@ -243,7 +243,7 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
 
 
 @needs_compiler
-@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
 def test_attention_over_bf16_does_not_round_queries_and_weights_to_bf16(width: int) -> None:
     """Attention runs on AMX in blocks of 32 tokens, and in fp32 in blocks of 48; one layer only, as
     the next one rounds its keys to bf16, which makes small differences large."""
@@ -644,7 +644,7 @@ def test_what_cannot_be_built_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "wrong.cpp"
     source.write_text("int answer() { return unknown; }\n")
-    with pytest.warns(RuntimeWarning, match=r"^wrong.cpp cannot be built .*error: .*unknown.*torch"):
+    with pytest.warns(RuntimeWarning, match=r"^wrong.cpp cannot .*error: .*unknown.*torch"):
         assert native.load(source) is None
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(RuntimeWarning, match="No such file or directory: 'no-such-compiler'"):

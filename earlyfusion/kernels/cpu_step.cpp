@@ -246,6 +246,11 @@ struct NextKV {
   const T* at;
   int64_t count, H;
 
+  // How many elements the `number` from the p-th on have, or as many as there are.
+  int64_t elements(int64_t p, int64_t number) const {
+    return std::max<int64_t>(0, std::min(number, count - p)) * H;
+  }
+
   // Prefetches at most `number` of them from the p-th on.
   void prefetch(int64_t p, int64_t number) const {
     const T *line = at + p * H, *end = at + std::min(p + number, count) * H;
@@ -808,6 +813,54 @@ bool attends_on_amx(const Model& m) {
 // Scratch of `attend_on_amx`, in vectors of H floats: tiles of queries, 16 queries and values.
 const int64_t AMX_SCRATCH_VECTORS = AMX_QUERIES + TILE + AMX_POSITIONS / 2;
 
+// Calls `visit` for each 32 positions from `begin` to `end`, with their values, how many of `length`
+// there are, and the values that are read next, if `prefetches`.
+template <class Visit>
+void for_each_32_values(const CachedHead<uint16_t>& v, int64_t begin, int64_t end, int64_t length,
+                        bool prefetches, int64_t parts, Visit visit) {
+  for (int64_t p = begin; p < end; p += 32) {
+    const int64_t next = p / v.size + 1, offset = p % v.size;  // next: block
+    const uint16_t* ahead = next * v.size < length ? v.block(next) : v.next;
+    const int64_t elements = prefetches && ahead ? 32 * v.H : 0;
+    visit(p, v.block(p / v.size) + offset * v.H, std::min<int64_t>(32, length - p),
+          Ahead(ahead + offset * v.H, elements, parts));
+  }
+}
+
+// `weighted_values_tile` on AMX. `packed` is scratch for AMX_POSITIONS values.
+inline void weighted_values_on_amx(const CachedHead<uint16_t>& v, float* weights,
+                                   int64_t weights_stride, int64_t count, int64_t length,
+                                   bool prefetches, uint32_t* packed, float* out) {
+  const int64_t H = v.H;
+  for (int64_t x = 0; x < count; x++)
+    split_weights(weights + x * weights_stride, (length + 31) / 32 * 32);
+  const TileRegisters registers(std::min(count, TILE), TILE);
+  for (int64_t first = 0; first < length; first += AMX_POSITIONS) {
+    const int64_t end = std::min(length, first + AMX_POSITIONS);
+    for_each_32_values(v, first, end, length, prefetches, 16,
+                       [&](int64_t p, const uint16_t* at, int64_t here, const Ahead& ahead) {
+                         pack_values(at, here, H, packed + (p - first) * (H / 2), ahead);
+                       });
+    for (int64_t x = 0; x < count; x += TILE)
+      accumulate_values(weights + x * weights_stride + first, weights_stride, packed,
+                        (end - first + 31) / 32, H, first == 0, out + x * H);
+  }
+}
+
+// The same for one query; `low` and `sums` are scratch for as many weights and for H floats.
+inline void weighted_values_of_one(const CachedHead<uint16_t>& v, float* weights, float* low,
+                                   int64_t length, bool prefetches, float* sums, float* out) {
+  const int64_t H = v.H, parts = (H + 63) / 64 * 16;
+  split_weights_into_floats(weights, (length + 31) / 32 * 32, low);
+  std::fill(sums, sums + H, 0);
+  const FlushedDenormals flushed;
+  for_each_32_values(v, 0, length, length, prefetches, parts,
+                     [&](int64_t p, const uint16_t* at, int64_t here, const Ahead& ahead) {
+                       accumulate_values_of_one(weights + p, low + p, at, here, H, sums, ahead);
+                     });
+  interleave_columns(sums, H, out);
+}
+
 // As `attend_tile`, on AMX, also for one row.
 NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
                             const CachedHead<uint16_t>& v, int64_t length, int64_t count,
@@ -817,7 +870,7 @@ NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
   const int64_t H = m.H, last = length + count - 1, padded_last = (last + 31) / 32 * 32;
   const float scale = 1.0f / std::sqrt(float(H));
   const QueryTiles queries{reinterpret_cast<uint32_t*>(scratch), count, std::min(count, TILE), H};
-  uint32_t *rows = queries.data + AMX_QUERIES * H, *values = rows + TILE * H;
+  uint32_t *rows = queries.data + AMX_QUERIES * H, *packed = rows + TILE * H;
   for (int64_t g = 0; g < m.N / m.K; g++) {
     queries.pack(q + g * H, q_stride, rows);
     {
@@ -826,8 +879,9 @@ NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
                                  const NextKV<uint16_t>& ahead) {
         // The last 32 keys may be stale beyond `last`, as in `attention_scores`.
         for (int64_t p = 0; p < here; p += 32) {
-          if (g == 0) ahead.prefetch(p, p + 32 < here ? 32 : k.size);
-          scores_of_keys(at + p * H, queries, scale, scores + first + p, scores_stride);
+          const int64_t elements = g > 0 ? 0 : ahead.elements(p, p + 32 < here ? 32 : k.size);
+          scores_of_keys(at + p * H, queries, scale, scores + first + p, scores_stride,
+                         Ahead(ahead.at + p * H, elements, H / 32));
         }
       });
     }
@@ -836,23 +890,12 @@ NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
       float* here = scores + x * scores_stride;
       totals[x] = softmax_numerators(here, length + x);
       std::fill(here + length + x, here + padded_last, 0);  // keys of later rows
-      split_weights(here, padded_last);
     }
-    const TileRegisters registers(std::min(count, TILE), TILE);
-    for (int64_t first = 0; first < last; first += AMX_POSITIONS) {
-      const int64_t end = std::min(last, first + AMX_POSITIONS);
-      for (int64_t p = first; p < end; p += 32) {
-        const int64_t next = p / v.size + 1;  // block
-        const uint16_t* ahead = next * v.size < last ? v.block(next) : v.next;
-        if (g == 0 && ahead)
-          NextKV<uint16_t>{ahead, v.size, H}.prefetch(p % v.size, 32);
-        pack_values(v.block(p / v.size) + p % v.size * H, last - p, H,
-                    values + (p - first) * (H / 2));
-      }
-      for (int64_t x = 0; x < count; x += TILE)
-        accumulate_values(scores + x * scores_stride + first, scores_stride, values,
-                          (end - first + 31) / 32, H, first == 0, out + x * H);
-    }
+    if (count == 1)
+      weighted_values_of_one(v, scores, scores + scores_stride, last, g == 0,
+                             reinterpret_cast<float*>(packed), out);
+    else
+      weighted_values_on_amx(v, scores, scores_stride, count, last, g == 0, packed, out);
     for (int64_t x = 0; x < count; x++) {
       for (int64_t i = 0; i < H; i++) out[x * H + i] /= totals[x];
       in.store(row + x, column + g * H, out + x * H, H);
