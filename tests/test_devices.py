@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import re
 import subprocess
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from earlyfusion import Chameleon, devices
 from earlyfusion.devices import (
@@ -129,6 +132,57 @@ def test_large_tensors_lie_on_huge_pages_unless_switched_off(chosen: str | None)
     )
     (kilobytes,) = re.findall(r"AnonHugePages:\s+(\d+) kB", run.stdout)
     assert (int(kilobytes) > 0) == (chosen is None)
+
+
+STAY = ("empty", "transposed")
+
+
+def small_module() -> nn.Module:
+    """A tied tensor, a buffer of int8, one that is empty, one that is not contiguous."""
+    module = nn.Module()
+    module.first = nn.Linear(1024, 700)
+    module.second = nn.Linear(1024, 700, bias=False)
+    module.second.weight = module.first.weight
+    module.frozen = nn.Parameter(torch.randn(64, 33).bfloat16(), requires_grad=False)
+    module.register_buffer("levels", torch.randint(-9, 9, (5, 7), dtype=torch.int8))
+    module.register_buffer("empty", torch.zeros(0, 3))
+    module.register_buffer("transposed", torch.randn(4, 6).T)
+    return module
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has these pages")
+def test_a_module_moves_to_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    module = small_module()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    places = {name: t.data_ptr() for name, t in module.state_dict().items()}
+    devices.move_to_huge_pages(module)
+    after = module.state_dict()
+    assert module.second.weight is module.first.weight and not module.frozen.requires_grad
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)
+        assert (after[name].data_ptr() == places[name]) == (name in STAY)
+        assert name in STAY or after[name].data_ptr() % 64 == 0
+    assert min(t.data_ptr() for n, t in after.items() if n not in STAY) % (2 << 20) == 0
+    module.first(torch.ones(2, 1024)).sum().backward()
+    assert module.second.weight.grad is not None
+    torch.save(module.frozen, tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 10_000
+    copied = copy.deepcopy(module)
+    del module, after
+    gc.collect()
+    assert all(torch.equal(t, before[name]) for name, t in copied.state_dict().items())
+
+
+@pytest.mark.parametrize("reason", ["memory", "switch", "size"])
+def test_a_module_stays_where_it_is(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0" if reason == "switch" else "1")
+    module = nn.Linear(8, 8) if reason == "size" else small_module()
+    if reason == "memory":
+        monkeypatch.setattr(devices, "free_bytes", lambda device: 5_000_000)
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    devices.move_to_huge_pages(module)
+    assert [parameter.data_ptr() for parameter in module.parameters()] == places
 
 
 def test_freed_memory_is_kept_only_within_the_context(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import PRESETS, ModelConfig, VQConfig
-from earlyfusion.devices import PACKED_BITS, torch_dtype
+from earlyfusion.devices import PACKED_BITS, move_to_huge_pages, torch_dtype
 from earlyfusion.errors import SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.kernels.twins import accelerate
@@ -91,6 +91,8 @@ def random_transformer(
     with torch.device("meta"):
         transformer = Transformer(config).to(dtype)
     transformer.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0))
+    if device.type == "cpu":
+        move_to_huge_pages(transformer)  # as a checkpoint that is loaded
     return transformer.eval().requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from earlyfusion.checkpoints.source import EMBEDDING, HEAD, Source, Stored, check_names
 from earlyfusion.config import ModelConfig, VQConfig
+from earlyfusion.devices import move_to_huge_pages
 from earlyfusion.errors import CheckpointError
 from earlyfusion.image_tokenizer import MissingVQGAN, Mode
 from earlyfusion.kernels.twins import accelerate
@@ -120,6 +121,8 @@ def build_transformer(
     transformer = _empty_transformer(config, bits)
     _fill(transformer, tensors, folder, device, dtype)
     transformer.tie_weights()
+    if torch.device(device).type == "cpu":
+        move_to_huge_pages(transformer)
     return accelerate(transformer.eval())
 
 

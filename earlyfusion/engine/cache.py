@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.config import ModelConfig
-from earlyfusion.devices import dtype_name, free_bytes, is_out_of_memory
+from earlyfusion.devices import dtype_name, free_bytes, is_out_of_memory, use_huge_pages
 from earlyfusion.engine.blocks import BLOCK_SIZE, Copy
 from earlyfusion.errors import SettingError
 from earlyfusion.kernels.decode import FP8, to_cache_dtype
@@ -226,4 +226,6 @@ def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy's zeros take memory page by page on first write; torch's take all at once.
     empty = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(empty).view(dtype).view(shape)
+    zeros = torch.from_numpy(empty).view(dtype).view(shape)
+    use_huge_pages(zeros)
+    return zeros

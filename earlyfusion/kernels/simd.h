@@ -10,6 +10,9 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
 #endif
@@ -99,17 +102,26 @@ inline void store_vector(void* p, V v) {
 // A subtraction, as compilers leave it out: 0 + x is not x for x = -0.
 inline floats16 broadcast(float x) { return x - floats16{}; }
 
-// A std::vector that begins at a cache line, so that no load of 16 floats touches two lines.
+// A std::vector that begins at a cache line, so that no load of 16 floats touches two lines. A
+// large one begins at a huge page and asks Linux for huge pages.
 template <class T>
 struct CacheLineAllocator {
   typedef T value_type;
+  static const size_t HUGE_PAGE = size_t(2) << 20;
+  static std::align_val_t alignment(size_t n) {
+    return std::align_val_t(n * sizeof(T) >= HUGE_PAGE ? HUGE_PAGE : 64);
+  }
   CacheLineAllocator() = default;
   template <class U>
   CacheLineAllocator(const CacheLineAllocator<U>&) {}
   T* allocate(size_t n) {
-    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)));
+    void* memory = ::operator new(n * sizeof(T), alignment(n));
+#if defined(MADV_HUGEPAGE)
+    if (n * sizeof(T) >= HUGE_PAGE) madvise(memory, n * sizeof(T), MADV_HUGEPAGE);
+#endif
+    return static_cast<T*>(memory);
   }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  void deallocate(T* p, size_t n) { ::operator delete(p, alignment(n)); }
   template <class U>
   bool operator==(const CacheLineAllocator<U>&) const {
     return true;
