@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.engine.backends.cpu import compiled_transformer
 from earlyfusion.engine.cache import PagedCache
 from earlyfusion.generation import guidance
 from earlyfusion.generation.sampler import SamplingTensors, penalise, pick, warp
@@ -586,6 +587,18 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
             Paged(model.config, 1, 4).step(model, 32)
     finally:
         cpu_step._library.cache_clear()
+
+
+@needs_compiler
+def test_only_bf16_weights_on_amx_have_large_steps_of_prompts() -> None:
+    shape = config(64, 4, 4, 100)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = Paged(shape, 1, 4).cache
+        backend = compiled_transformer(Transformer(shape).to(dtype), cache)
+        assert backend is not None and backend.prefill_factor in (4, 16)
+        if "amx_bf16" not in flags or dtype == torch.float32:
+            assert backend.prefill_factor == 4
 
 
 def test_what_the_compiled_step_does_not_take() -> None:

@@ -54,7 +54,8 @@ class Engine:
     `cache_bytes` is the size of the cache (default: a share of the free memory, see `cache_size`).
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
     in which one request samples computes at most `chunk` tokens of prompts, more if several sample,
-    and four times as many if none does (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At
+    and four times as many if none does, or 16 times for bf16 weights on a CPU with AMX (default: 64
+    on a CPU, 512 on a GPU; see `Scheduler`). At
     most `most_running` requests run at once. `cache_dtype` is the dtype of keys and values: "fp32",
     "bf16", "int8", or on newer GPUs "fp8" (default: the model's). With `static`, steps without
     prefill sample several tokens at a time (default: on a CUDA device, where these steps are
@@ -276,6 +277,7 @@ class Engine:
         needs_whole_prompts = self.runner.backend.needs_whole_prompts
         self._scheduler.pool.prefix_caching = not needs_whole_prompts
         self._scheduler.chunk = sys.maxsize if needs_whole_prompts else self._chunk
+        self._scheduler.prefill_factor = self.runner.backend.prefill_factor
         for handle in self._handles.values():
             handle.grammar_state.grammar = self.grammar(handle.request.stops, handle.request.layout)
             self.runner.sampler.allow(handle.grammar_state.grammar)

@@ -20,7 +20,11 @@ from earlyfusion.engine.blocks import BlockPool, Branch, Copy
 from earlyfusion.errors import SettingError
 
 PREFILL_ONLY_FACTOR = 4
-"""A step in which no request samples computes this many times `chunk` tokens of prompts."""
+"""A step in which no request samples computes this many times `chunk` tokens of prompts, unless the
+back end chooses otherwise (`Backend.prefill_factor`)."""
+_REST = 8
+"""A step computes the last tokens of a prompt too if they exceed its budget by at most one in so
+many: a step of their own would read all weights for a few tokens."""
 _CHEAP_ROWS = 8
 """Up to this many rows, a step takes about as long as with one row: most of the time goes into
 reading the weights."""
@@ -111,6 +115,7 @@ class Scheduler:
                 f"chunk={chunk}, most_running={most_running}: at least 2 and 1 are needed"
             )
         self.pool, self.chunk, self.most_running = pool, chunk, most_running
+        self.prefill_factor = PREFILL_ONLY_FACTOR
         self.waiting: list[Entry] = []
         self.running: list[Entry] = []  # always in the order of `_sort_key`
         self.preemptions = 0
@@ -177,7 +182,7 @@ class Scheduler:
         requests = zip(self.running, pending, strict=True)
         sampling = [entry for entry, number in requests if number == len(entry.branches)]
         if not sampling:
-            return PREFILL_ONLY_FACTOR * self.chunk
+            return self.prefill_factor * self.chunk
         rows = sum(len(entry.branches) * (1 + len(entry.drafts)) for entry in sampling)
         waiting = max(len(self.running) - len(sampling), len(sampling))
         # chunk * (1 + (rows - 1) / _CHEAP_ROWS) * (waiting / sampling), in whole numbers.
@@ -294,10 +299,11 @@ class Scheduler:
 
     def _plan_pieces(self, entry: Entry, pending: int, plan: Plan, budget: int) -> int:
         """Add the pieces of one request, which has `pending` pending tokens, to the plan. Prompts
-        may take `budget` tokens; returns the number that they took."""
+        may take `budget` tokens, and a few more to end a prompt. Returns the number that they
+        took."""
         branches, drafts = entry.branches, entry.drafts
         decodes = pending == len(branches)  # one new token per branch
-        if decodes or pending <= budget:
+        if decodes or pending <= budget + budget // _REST:
             for branch in branches:
                 self._add_piece(plan, branch, len(branch.tokens) - branch.num_computed, drafts)
             plan.ready.append(entry)

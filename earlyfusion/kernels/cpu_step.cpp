@@ -1102,6 +1102,9 @@ const int64_t* earlyfusion_abi() {
   return sizes;
 }
 
+// Whether products of many rows with bf16 weights run on AMX.
+bool earlyfusion_runs_on_amx() { return takes_tiles(Matrix{nullptr, nullptr, 0, 0, BF16}); }
+
 // The column sampled for each of B choices; -1 if the logits are not finite.
 void earlyfusion_sample(const Choice* choices, int64_t B, int64_t* columns, int64_t threads) {
   int64_t widest = 0;

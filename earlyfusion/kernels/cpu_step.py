@@ -90,6 +90,7 @@ class CpuStep:
         self._model = self._model_structure(transformer, cache_BL2KSH, length)
         self._model.kv_scales = None if scales_BL2KS is None else scales_BL2KS.data_ptr()
         self.bits = bits
+        self.runs_on_amx: bool = library.earlyfusion_runs_on_amx()
 
     def states(
         self, tokens_R: Tensor, positions_R: Tensor, tables: Sequence[int], shared: bool
@@ -283,6 +284,8 @@ def _library() -> ctypes.CDLL | None:
     library.earlyfusion_gemm.restype = None
     library.earlyfusion_sample.argtypes = [p, n, p, n]
     library.earlyfusion_sample.restype = None
+    library.earlyfusion_runs_on_amx.argtypes = []
+    library.earlyfusion_runs_on_amx.restype = ctypes.c_bool
     library.earlyfusion_abi.argtypes = []
     library.earlyfusion_abi.restype = ctypes.POINTER(_NUMBER)
     sizes = [ctypes.sizeof(structure) for structure in (_Matrix, _Layer, _Model, _Choice)]

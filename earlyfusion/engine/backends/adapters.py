@@ -26,6 +26,10 @@ class MultiAdapter:
         return self._base.needs_whole_prompts
 
     @property
+    def prefill_factor(self) -> int:
+        return self._base.prefill_factor
+
+    @property
     def sample(self) -> Callable[[Sequence[Choice]], list[int]] | None:
         return self._base.sample
 

@@ -17,10 +17,15 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """If `needs_whole_prompts`, a prompt must be computed in one piece, from its first token."""
+    """If `needs_whole_prompts`, a prompt must be computed in one piece, from its first token. A
+    step in which no request samples should compute `prefill_factor` times as many tokens of prompts
+    as one beside a request that samples."""
 
     @property
     def needs_whole_prompts(self) -> bool: ...
+
+    @property
+    def prefill_factor(self) -> int: ...
 
     def hidden_states(self, step: Step) -> Tensor:
         """The head's input [R, D] for the rows of `step.logits_indices`. Writes the cache."""
