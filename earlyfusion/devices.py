@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from earlyfusion.errors import SettingError
@@ -210,6 +211,7 @@ def _wants_huge_pages() -> bool:
     return sys.platform == "linux" and os.environ.get("THP_MEM_ALLOC_ENABLE") != "0"
 
 
+@cache
 def _c_function(name: str) -> ctypes._NamedFuncPointer | None:
     try:
         return getattr(ctypes.CDLL(None), name)

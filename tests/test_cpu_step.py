@@ -268,7 +268,8 @@ def test_attention_over_bf16_does_not_round_queries_and_weights_to_bf16(width: i
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(36, 1100), (4, 512), (52, 70), (140, 4200), (40, 1900)]
+    ("outputs", "inputs"),
+    [(36, 1100), (4, 512), (52, 70), (140, 4200), (40, 1900), (44, 1080), (20, 40)],
 )
 def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs: int) -> None:
     """To the bit, over several blocks of columns and panels of rows that are not full."""

@@ -382,8 +382,10 @@ class AmxIntegerGemm {
           if (i < count) {
             x_scales_[k0 / KC * R + first + i] = quantise_block(
                 in.fp32 + (first + i) * in.stride + k0, columns, max_input(m.format), levels);
-            for (int64_t c = 0; c < columns; c += 32)
-              split(load_words(levels + c), high + c, low + c);
+            for (int64_t c = 0; c < columns; c += 32) {
+              const int64_t at = m.format == INT4 ? int4_place(c, columns) : c;
+              split(load_words(levels + c), high + at, low + at);
+            }
           } else {
             std::memset(high, 0, columns);
             std::memset(low, 0, columns);
@@ -426,6 +428,58 @@ class AmxIntegerGemm {
     const __m512i rounded = _mm512_add_epi16(levels, _mm512_set1_epi16(128));
     store_vector(high, _mm512_cvtepi16_epi8(_mm512_srai_epi16(rounded, 8)));
     store_vector(low, _mm512_cvtepi16_epi8(levels));
+  }
+
+  // Where columns c to c + 31 of a block lie in planes of int4 weights and in their input: of each
+  // 128 columns, those of low nibbles come first (see `unpack_int4`).
+  static int64_t int4_place(int64_t c, int64_t columns) {
+    const int64_t first = c / 128 * 128, part = c % 128 / 32;
+    return first + 128 > columns ? c : first + (part % 2 * 2 + part / 2) * 32;
+  }
+
+  // Unpacks a row of int4 weights as `Int16Row`, and splits it.
+  static ALWAYS_INLINE void unpack_int4(const Int16Row<INT4>& row, int64_t columns, char* high,
+                                        char* low) {
+    const __m512i factors = load_words(row.factors);
+    for (int64_t c = 0; c < columns; c += 128) {
+      // 64 columns in each half of `raw`, or only in the first one.
+      const bool whole = c + 128 <= columns;
+      const __m512i raw = _mm512_maskz_loadu_epi8(whole ? ~uint64_t(0) : uint32_t(-1),
+                                                  row.at + c / 2);
+      const __m512i group = _mm512_inserti64x4(_mm512_set1_epi16(int16_t(c / 32)),
+                                               _mm256_set1_epi16(int16_t(c / 32 + 2)), 1);
+      const __m512i next = _mm512_add_epi16(group, _mm512_set1_epi16(1));
+      unpack_nibbles(_mm512_slli_epi16(raw, 12), _mm512_slli_epi16(raw, 4),
+                     _mm512_permutexvar_epi16(group, factors), whole, high + c, low + c);
+      const int64_t at = c + (whole ? 64 : 32);
+      unpack_nibbles(_mm512_slli_epi16(raw, 8), raw, _mm512_permutexvar_epi16(next, factors),
+                     whole, high + at, low + at);
+    }
+  }
+
+  // The levels of nibbles of even bytes and of odd ones, each in the upper 4 of 16 bits, times
+  // their factors, split; the bytes are in order again. Only half of them is stored if not `whole`.
+  static ALWAYS_INLINE void unpack_nibbles(__m512i even, __m512i odd, __m512i factors, bool whole,
+                                           char* high, char* low) {
+    const __m512i nibble = _mm512_set1_epi16(int16_t(0xf000));
+    const __m512i sign = _mm512_set1_epi16(INT16_MIN), half = _mm512_set1_epi16(128);
+    const __m512i lower = _mm512_set1_epi16(0x00ff), upper = _mm512_set1_epi16(int16_t(0xff00));
+    // (x & nibble) ^ sign, as in `Int16Row`
+    even = _mm512_mulhrs_epi16(_mm512_ternarylogic_epi64(even, nibble, sign, 0x6a), factors);
+    odd = _mm512_mulhrs_epi16(_mm512_ternarylogic_epi64(odd, nibble, sign, 0x6a), factors);
+    // a | (b & c)
+    const __m512i highs =
+        _mm512_ternarylogic_epi64(_mm512_srli_epi16(_mm512_add_epi16(even, half), 8),
+                                  _mm512_add_epi16(odd, half), upper, 0xf8);
+    const __m512i lows =
+        _mm512_ternarylogic_epi64(_mm512_slli_epi16(odd, 8), even, lower, 0xf8);
+    if (whole) {
+      store_vector(high, highs);
+      store_vector(low, lows);
+    } else {
+      store_vector(high, _mm512_castsi512_si256(highs));
+      store_vector(low, _mm512_castsi512_si256(lows));
+    }
   }
 
   int64_t tile_count() const { return (R_ + rows_ - 1) / rows_; }
@@ -521,7 +575,10 @@ class AmxIntegerGemm {
       const Int16Row<INT4> row(m, std::min(n + r, m.rows - 1), k0, columns);
       scales[r] = row.scale;
       char* at = scratch.planes + r * PLANE_STRIDE;
-      for (int64_t c = 0; c < columns; c += 32) split(row.unpack(c), at + c, at + plane + c);
+      // The same columns 16 rows on: rows of a block are too short for the hardware's prefetcher.
+      for (int64_t line = 0; line < columns / 2; line += 64)
+        prefetch(row.at + line, TILE * m.stride / 2);
+      unpack_int4(row, columns, at, at + plane);
     }
     const char* planes[] = {scratch.planes, scratch.planes + plane};
     const WeightTiles weights{planes, PLANE_STRIDE};
