@@ -185,14 +185,16 @@ def move_to_huge_pages(module: nn.Module) -> None:
     """Move a module's tensors, which are on a CPU, to one block of memory that consists of pages of
     2 MiB, if Linux has them and at least half of the free memory stays free. Tensors of mapped
     files, and the ends of torch's own tensors, lie on pages of 4 KiB, which made prompts up to a
-    fifth slower (benchmarks/RESULTS.md)."""
+    fifth slower (benchmarks/RESULTS.md). EARLYFUSION_COPY_WEIGHTS=0 leaves them where they are:
+    several processes share the memory of a mapped file."""
     import torch
 
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_contiguous()]
     tensors = [t for t in dict.fromkeys(tensors) if t.numel()]  # a tied tensor once
     ends = list(itertools.accumulate(-(-t.nbytes // 64) * 64 for t in tensors))
     total = ends[-1] if ends else 0
-    if not _wants_huge_pages() or not _HUGE_PAGE <= total <= free_bytes(torch.device("cpu")) // 2:
+    is_wanted = _wants_huge_pages() and os.environ.get("EARLYFUSION_COPY_WEIGHTS") != "0"
+    if not is_wanted or not _HUGE_PAGE <= total <= free_bytes(torch.device("cpu")) // 2:
         return
     memory = mmap.mmap(-1, total + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(_MADV_HUGEPAGE)

@@ -3,6 +3,7 @@ server imports its modules."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -38,6 +39,8 @@ class LoadPlan:
         """The model. Raises an `EarlyFusionError`."""
         from earlyfusion.api import Chameleon
 
+        if self.replicas > 1:
+            os.environ.setdefault("EARLYFUSION_COPY_WEIGHTS", "0")  # they share a mapped file
         model = Chameleon.load(
             self.name,
             self._device(),
