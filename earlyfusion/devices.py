@@ -196,8 +196,11 @@ def move_to_huge_pages(module: nn.Module) -> None:
     is_wanted = _wants_huge_pages() and os.environ.get("EARLYFUSION_COPY_WEIGHTS") != "0"
     if not is_wanted or not _HUGE_PAGE <= total <= free_bytes(torch.device("cpu")) // 2:
         return
-    memory = mmap.mmap(-1, total + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(_MADV_HUGEPAGE)
+    try:
+        memory = mmap.mmap(-1, total + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(_MADV_HUGEPAGE)
+    except OSError:  # a limit of the process, or a kernel without such pages
+        return
     # The block begins at a huge page. Each tensor has a storage of its own, so that it can be saved
     # alone.
     begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE

@@ -174,13 +174,15 @@ def test_a_module_moves_to_huge_pages(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(t, before[name]) for name, t in copied.state_dict().items())
 
 
-@pytest.mark.parametrize("reason", ["memory", "switch", "shared", "size"])
+@pytest.mark.parametrize("reason", ["memory", "switch", "shared", "kernel", "size"])
 def test_a_module_stays_where_it_is(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0" if reason == "switch" else "1")
     monkeypatch.setenv("EARLYFUSION_COPY_WEIGHTS", "0" if reason == "shared" else "1")
     module = nn.Linear(8, 8) if reason == "size" else small_module()
     if reason == "memory":
         monkeypatch.setattr(devices, "free_bytes", lambda device: 5_000_000)
+    if reason == "kernel":
+        monkeypatch.setattr(devices, "_MADV_HUGEPAGE", 999)  # refused, as by kernels without them
     places = [parameter.data_ptr() for parameter in module.parameters()]
     devices.move_to_huge_pages(module)
     assert [parameter.data_ptr() for parameter in module.parameters()] == places

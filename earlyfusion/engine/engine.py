@@ -55,12 +55,11 @@ class Engine:
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
     in which one request samples computes at most `chunk` tokens of prompts, more if several sample,
     and four times as many if none does, or 16 times for bf16 weights on a CPU with AMX (default: 64
-    on a CPU, 512 on a GPU; see `Scheduler`). At
-    most `most_running` requests run at once. `cache_dtype` is the dtype of keys and values: "fp32",
-    "bf16", "int8", or on newer GPUs "fp8" (default: the model's). With `static`, steps without
-    prefill sample several tokens at a time (default: on a CUDA device, where these steps are
-    captured graphs). `adapters` maps names that requests may ask for to transformers with other
-    weights in their layers. Raises `SettingError`.
+    on a CPU, 512 on a GPU; see `Scheduler`). At most `most_running` requests run at once.
+    `cache_dtype` is the dtype of keys and values: "fp32", "bf16", "int8", or on newer GPUs "fp8"
+    (default: the model's). With `static`, steps without prefill sample several tokens at a time
+    (default: on a CUDA device, where these steps are captured graphs). `adapters` maps names that
+    requests may ask for to transformers with other weights in their layers. Raises `SettingError`.
     """
 
     def __init__(
