@@ -172,6 +172,7 @@ def test_wrong_numbers_are_one_sentence(
     assert "nowhere" in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("EARLYFUSION_COPY_WEIGHTS", "0")  # set by the replicas' processes
     with pytest.raises(SettingError, match="need a GPU each"):
         LoadPlan(device="cuda", replicas=2).load()
 

@@ -201,9 +201,10 @@ inline void split_weights_into_floats(float* weights, int64_t length, float* low
   }
 }
 
-// sums += weights . values of up to 32 positions, for 32 NV columns: the sums of even columns and
-// of odd ones, 16 NV each. `ahead` has 16 parts for each call. AMX sums the products of even positions and of odd ones apart, each one
-// with a single rounding, and then adds both; so does this.
+// sums += weights . values of up to 32 positions, for 32 NV columns: for each 32 of them, the sums
+// of the even columns and then of the odd ones. AMX sums the products of even positions and of odd
+// ones apart, each with a single rounding, and then adds both; so does this. `ahead` has 16 parts
+// for each call.
 template <int NV>
 ALWAYS_INLINE void accumulate_columns(const float* high, const float* low, const uint16_t* values,
                                       int64_t count, int64_t H, float* sums, Ahead& ahead) {

@@ -813,8 +813,8 @@ bool attends_on_amx(const Model& m) {
 // Scratch of `attend_on_amx`, in vectors of H floats: tiles of queries, 16 queries and values.
 const int64_t AMX_SCRATCH_VECTORS = AMX_QUERIES + TILE + AMX_POSITIONS / 2;
 
-// Calls `visit` for each 32 positions from `begin` to `end`, with their values, how many of `length`
-// there are, and the values that are read next, if `prefetches`.
+// Calls `visit` for each 32 positions from `begin` to `end`, with their values, how many of them
+// are within `length`, and the values that are read next, if `prefetches`.
 template <class Visit>
 void for_each_32_values(const CachedHead<uint16_t>& v, int64_t begin, int64_t end, int64_t length,
                         bool prefetches, int64_t parts, Visit visit) {
