@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from earlyfusion.engine.blocks import Branch
 from earlyfusion.engine.cache import LayerCache, PagedCache
@@ -44,8 +45,7 @@ class _Segment(NamedTuple):
     rows: slice
     blocks_1N: Tensor
     end: int
-    causal: bool
-    mask: Tensor | None
+    mask: CausalBias
 
 
 class StepAttention:
@@ -99,13 +99,11 @@ class StepAttention:
 
     def _make_segments(self, longer: Sequence[Piece], row: int) -> Iterator[_Segment]:
         for piece in longer:
-            mask, end = None, piece.start + piece.rows
-            # `is_causal` aligns queries with the first keys, so it only fits a piece at position 0.
-            if piece.start:
-                positions_T = torch.arange(end, device=self._cache.device)
-                mask = positions_T <= positions_T[piece.start :, None]
-            rows = slice(row, row + piece.rows)
-            yield _Segment(rows, self._table([piece.branch], end), end, not piece.start, mask)
+            rows, end = slice(row, row + piece.rows), piece.start + piece.rows
+            # The last query sees all keys. Kernels for GPUs need no mask in memory for this; on a
+            # CPU torch makes one, unless the piece begins at position 0.
+            mask = causal_lower_right(piece.rows, end)
+            yield _Segment(rows, self._table([piece.branch], end), end, mask)
             row += piece.rows
 
     def _table(self, branches: Sequence[Branch], end: int) -> Tensor:
@@ -144,7 +142,6 @@ def _attend_segment(layer: LayerCache, q_TNH: Tensor, segment: _Segment) -> Tens
         k_1KPH,
         v_1KPH,
         attn_mask=segment.mask,
-        is_causal=segment.causal,
         enable_gqa=q_TNH.shape[1] != k_1KPH.shape[1],
     )
     return out_1NTH[0].transpose(0, 1)
