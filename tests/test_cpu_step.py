@@ -266,6 +266,42 @@ def test_attention_over_bf16_does_not_round_queries_and_weights_to_bf16(width: i
 
 
 @needs_compiler
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 2, 32), (3, 3, 64)])
+def test_long_prompts_are_the_same_in_pieces_of_any_size(
+    kept: torch.dtype, heads: int, key_heads: int, width: int
+) -> None:
+    """To the bit. On AMX up to 128 queries attend together, fewer behind many tokens. What no token
+    of the sequence has stored is NaN."""
+    length = 2900
+    shape = replace(config(heads * width, heads, key_heads, 64), num_hidden_layers=1)
+    model, tokens = random_model(shape, heads), torch.randint(0, 515, (length,))
+    known, threads = None, torch.get_num_threads()
+    pieces = ([length], [length], [1300, 129, 1, 33, 2, 17, 960, 128, 97, 45, 15, 31, 64, 78])
+    try:
+        for number, sizes in enumerate(pieces):
+            torch.set_num_threads(2 - number % 2)
+            paged = Paged(shape, 1, length, kept)
+            paged.cache.kv_BL2KSH.fill_(torch.nan)
+            step, states, at = paged.step(model, 32), list[torch.Tensor](), 0
+            for size in sizes:
+                places = torch.arange(at, at + size)
+                zeros = torch.zeros(size, dtype=torch.int64)
+                states.append(paged.states(step, tokens[at : at + size], zeros, places))
+                at += size
+            states_TD = torch.cat(states)
+            assert at == length and states_TD.isfinite().all()
+            known = states_TD if known is None else known
+            assert torch.equal(states_TD, known)
+        for place in (0, 127, 128, 1300, 2047, 2048, length - 1):
+            last = torch.tensor([place])
+            alone = paged.states(step, tokens[last], torch.zeros(1, dtype=torch.int64), last)
+            assert torch.equal(alone, states_TD[last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("outputs", "inputs"),

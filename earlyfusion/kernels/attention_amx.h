@@ -1,13 +1,17 @@
-// Attention over keys and values in bf16 on AMX, for one to 32 queries of a sequence.
+// Attention over keys and values in bf16 on AMX, for one or more queries of a sequence.
 //
 // Queries and softmax weights are floats; each is split into two bf16, a high and a low part, which
 // together have 16 bits of precision, and both parts are multiplied. Keys and values are read in
 // place and are exact. A query's results are the same to the bit beside any other queries.
 //
-// Scores: a tile of 16 keys by a tile of 16 queries, transposed as the input in gemm_amx.h.
+// Scores: a tile of 16 keys by a tile of 16 queries, transposed as the input in gemm_amx.h. So the
+// scores of 16 queries and one key are a vector, and softmax needs no horizontal maximum or sum.
 // Weighted values: a tile of 16 queries' weights for 32 positions by a tile of 32 values, in which
 // a word has the same column of two consecutive positions. For a single query, AVX-512 computes the
 // same sums in AMX's order, which is faster than packing the values.
+//
+// Two tiles of queries are multiplied together: a product needs the sum before it, so four sums are
+// under way at once.
 
 #pragma once
 
@@ -17,8 +21,15 @@
 
 namespace {
 
-const int64_t AMX_QUERIES = 32;     // at most
-const int64_t AMX_POSITIONS = 256;  // whose values are packed at a time
+const int64_t AMX_POSITIONS = 256;      // whose values are packed at a time
+const int64_t AMX_MAX_QUERIES = 128;    // of a group, for which values are packed once
+const int64_t AMX_SCORES = 256 * 1024;  // of a group, so that they stay in the L2 cache
+
+// Queries of a group, a multiple of 32: what fits, but not so few that packing takes long.
+inline int64_t amx_queries(int64_t length) {
+  const int64_t fitting = AMX_SCORES / std::max<int64_t>(length, 1) / 32 * 32;
+  return std::max<int64_t>(32, std::min(AMX_MAX_QUERIES, fitting));
+}
 
 // Splits 16 floats into two bf16 each.
 ALWAYS_INLINE void split_into_bf16(__m512 x, void* high, void* low) {
@@ -74,58 +85,107 @@ struct QueryTiles {
   }
 };
 
-// The sums of 32 keys by one tile of queries: [key / 16, 16, width]. `ahead` has H / 32 parts.
+// sums[p, x] = key[p] . q[x] for 32 consecutive keys and NT, 1 or 2, tiles of queries, whose sums
+// lie `distance` floats apart. `ahead` has H / 32 parts.
+template <int NT>
 inline void score_sums(const uint16_t* keys, const QueryTiles& queries, int64_t tile, float* sums,
-                       Ahead& ahead) {
+                       int64_t distance, Ahead& ahead) {
   const int64_t H = queries.H, width = queries.width;
   zero_tile<0>();
   zero_tile<1>();
+  if (NT == 2) zero_tile<2>();
+  if (NT == 2) zero_tile<3>();
   for (int64_t i = 0; i < H; i += 32) {
     ahead.prefetch_part();
     load_tile<4>(keys + i, 2 * H);
     load_tile<5>(keys + TILE * H + i, 2 * H);
-    load_tile<6>(queries.tile(tile, 0) + i / 2 * width, 4 * width);
-    Bf16Tiles::accumulate<0, 4, 6>();
-    Bf16Tiles::accumulate<1, 5, 6>();
-    load_tile<7>(queries.tile(tile, 1) + i / 2 * width, 4 * width);
-    Bf16Tiles::accumulate<0, 4, 7>();
-    Bf16Tiles::accumulate<1, 5, 7>();
-  }
-  store_tile<0>(sums, 4 * width);
-  store_tile<1>(sums + TILE_WORDS, 4 * width);
-}
-
-// scores[x, p] = q[x] . key[p] * scale for 32 consecutive keys.
-inline void scores_of_keys(const uint16_t* keys, const QueryTiles& queries, float scale,
-                           float* scores, int64_t scores_stride, Ahead ahead) {
-  alignas(64) float sums[2 * TILE_WORDS];
-  const __m512 factor = _mm512_set1_ps(scale);
-  for (int64_t tile = 0; tile < queries.tile_count(); tile++) {
-    score_sums(keys, queries, tile, sums, ahead);
-    const int64_t here = std::min(TILE, queries.count - tile * TILE);
-    for (int64_t half = 0; half < 2; half++) {
-      __m512i v[TILE];
-      transpose_sums(sums + half * TILE_WORDS, queries.width, v);
-      float* to = scores + tile * TILE * scores_stride + half * TILE;
-#pragma GCC unroll 16
-      for (int x = 0; x < TILE; x++)
-        if (x < here)
-          _mm512_storeu_ps(to + x * scores_stride,
-                           _mm512_mul_ps(_mm512_castsi512_ps(v[x]), factor));
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; part++) {
+      load_tile<6>(queries.tile(tile, part) + i / 2 * width, 4 * width);
+      Bf16Tiles::accumulate<0, 4, 6>();
+      Bf16Tiles::accumulate<1, 5, 6>();
+      if (NT == 2) {
+        load_tile<7>(queries.tile(tile + 1, part) + i / 2 * width, 4 * width);
+        Bf16Tiles::accumulate<2, 4, 7>();
+        Bf16Tiles::accumulate<3, 5, 7>();
+      }
     }
   }
+  store_tile<0>(sums, 4 * width);
+  store_tile<1>(sums + TILE * width, 4 * width);
+  if (NT == 2) store_tile<2>(sums + distance, 4 * width);
+  if (NT == 2) store_tile<3>(sums + distance + TILE * width, 4 * width);
 }
 
-// Splits softmax weights, in place: of each 32 floats, the high parts take the place of the first
-// 16 and the low ones that of the others. `length` is a multiple of 32.
-inline void split_weights(float* weights, int64_t length) {
-  for (int64_t p = 0; p < length; p += 32) {
-    float* at = weights + p;
-    const __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + 16);
-    split_into_bf16(first, at, at + 16);
-    split_into_bf16(second, at + 8, at + 24);
+// ---- softmax of a tile of queries: `scores` are [position, 16]
+//
+// Query x sees the positions before `end` + x. The results are those of `softmax_numerators`.
+
+// The queries of a tile that see position p.
+ALWAYS_INLINE __mmask16 queries_that_see(int64_t p, int64_t end) {
+  return __mmask16(0xffffu << std::max<int64_t>(0, std::min<int64_t>(16, p - end + 1)));
+}
+
+// Scales the scores of 32 positions from p on, and raises `maxima` to the largest ones.
+inline void scale_scores(float* scores, int64_t p, int64_t end, __m512 scale, float* maxima) {
+  __m512 largest = _mm512_loadu_ps(maxima);
+  for (int64_t i = 0; i < 32; i++) {
+    const __m512 here = _mm512_mul_ps(_mm512_loadu_ps(scores + TILE * (p + i)), scale);
+    _mm512_storeu_ps(scores + TILE * (p + i), here);
+    largest = _mm512_mask_max_ps(largest, queries_that_see(p + i, end), largest, here);
+  }
+  _mm512_storeu_ps(maxima, largest);
+}
+
+// The weights of 32 positions from p on, split and in place of their scores: tiles of high and of
+// low parts, [query, pair of positions] each. `partials` [16, 16] are sums of every 16th position.
+template <bool ALL_SEEN>
+ALWAYS_INLINE void softmax_positions(float* scores, int64_t p, int64_t end, __m512 maxima,
+                                     __m512* partials) {
+  __m512i parts[2][TILE];
+  const auto weight = [&](int64_t i) {
+    const floats x = floats(_mm512_sub_ps(_mm512_loadu_ps(scores + TILE * i), maxima));
+    const __m512 e = __m512(vector_exp(x));
+    const __m512 seen = ALL_SEEN ? e : _mm512_maskz_mov_ps(queries_that_see(i, end), e);
+    partials[i % 16] = _mm512_add_ps(partials[i % 16], seen);
+    return seen;
+  };
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < TILE; j++) {
+    const __m512 first = weight(p + 2 * j), second = weight(p + 2 * j + 1);
+    const __m512i a = round_to_bf16(first), b = round_to_bf16(second);
+    const __m512i c = round_to_bf16(_mm512_sub_ps(first, _mm512_castsi512_ps(a)));
+    const __m512i d = round_to_bf16(_mm512_sub_ps(second, _mm512_castsi512_ps(b)));
+    parts[0][j] = _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
+    parts[1][j] = _mm512_or_si512(_mm512_srli_epi32(c, 16), d);
+  }
+  for (int part = 0; part < 2; part++) {
+    transpose16x16(parts[part]);
+#pragma GCC unroll 16
+    for (int x = 0; x < TILE; x++)
+      store_vector(scores + TILE * p + part * TILE_WORDS + TILE * x, parts[part][x]);
   }
 }
+
+// Turns the scores of `length` positions, a multiple of 32, into split weights; `totals` gets the
+// sums of the weights.
+inline void softmax_tile(float* scores, int64_t length, int64_t end, const float* maxima,
+                         float* totals) {
+  const __m512 largest = _mm512_loadu_ps(maxima);
+  __m512 partials[16];
+  for (auto& partial : partials) partial = _mm512_setzero_ps();
+  for (int64_t p = 0; p < length; p += 32)
+    if (p + 32 <= end)
+      softmax_positions<true>(scores, p, end, largest, partials);
+    else
+      softmax_positions<false>(scores, p, end, largest, partials);
+  // In the order of `horizontal_sum`.
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) partials[i] = _mm512_add_ps(partials[i], partials[i + half]);
+  _mm512_storeu_ps(totals, partials[0]);
+}
+
+// ---- weighted values
 
 // Packs the values of 32 positions, of which the first `count` are there: [H / 16, 16, 16] words.
 // `ahead` has 16 parts.
@@ -148,33 +208,46 @@ inline void pack_values(const uint16_t* values, int64_t count, int64_t H, uint32
   }
 }
 
-// out [count, H] += weights . values, for `groups` of 32 positions; the first groups overwrite it.
-// `weights` are split, `values` packed. `count`, at most 16, is that of the registers' rows.
-inline void accumulate_values(const float* weights, int64_t weights_stride, const uint32_t* values,
+// out [16 NT, H] += weights . values, for `groups` of 32 positions; the first groups overwrite it.
+// `weights` are split, those of the second tile `distance` floats apart; `values` are packed.
+template <int NT>
+inline void accumulate_values(const float* weights, int64_t distance, const uint32_t* values,
                               int64_t groups, int64_t H, bool first, float* out) {
-  const int64_t out_stride = 4 * H;
+  const int64_t stride = 4 * H;
   for (int64_t i = 0; i < H; i += 32) {
+    float *to = out + i, *to2 = to + TILE * H;
     if (first) {
       zero_tile<0>();
       zero_tile<1>();
+      if (NT == 2) zero_tile<2>();
+      if (NT == 2) zero_tile<3>();
     } else {
-      load_tile<0>(out + i, out_stride);
-      load_tile<1>(out + i + TILE, out_stride);
+      load_tile<0>(to, stride);
+      load_tile<1>(to + TILE, stride);
+      if (NT == 2) load_tile<2>(to2, stride);
+      if (NT == 2) load_tile<3>(to2 + TILE, stride);
     }
     for (int64_t group = 0; group < groups; group++) {
-      const float* w = weights + 32 * group;
       const uint32_t* v = values + group * (H / 2) * 32 + i / 16 * TILE_WORDS;
-      load_tile<4>(w, 4 * weights_stride);
       load_tile<6>(v, 64);
-      Bf16Tiles::accumulate<0, 4, 6>();
       load_tile<7>(v + TILE_WORDS, 64);
-      Bf16Tiles::accumulate<1, 4, 7>();
-      load_tile<5>(w + TILE, 4 * weights_stride);
-      Bf16Tiles::accumulate<0, 5, 6>();
-      Bf16Tiles::accumulate<1, 5, 7>();
+#pragma GCC unroll 2
+      for (int part = 0; part < 2; part++) {
+        const float* w = weights + (2 * group + part) * TILE_WORDS;
+        load_tile<4>(w, 64);
+        Bf16Tiles::accumulate<0, 4, 6>();
+        Bf16Tiles::accumulate<1, 4, 7>();
+        if (NT == 2) {
+          load_tile<5>(w + distance, 64);
+          Bf16Tiles::accumulate<2, 5, 6>();
+          Bf16Tiles::accumulate<3, 5, 7>();
+        }
+      }
     }
-    store_tile<0>(out + i, out_stride);
-    store_tile<1>(out + i + TILE, out_stride);
+    store_tile<0>(to, stride);
+    store_tile<1>(to + TILE, stride);
+    if (NT == 2) store_tile<2>(to2, stride);
+    if (NT == 2) store_tile<3>(to2 + TILE, stride);
   }
 }
 
@@ -191,7 +264,7 @@ class FlushedDenormals {
   unsigned before_;
 };
 
-// Splits softmax weights as `split_weights`, into floats.
+// Splits softmax weights as `softmax_positions`, into floats.
 inline void split_weights_into_floats(float* weights, int64_t length, float* low) {
   for (int64_t p = 0; p < length; p += 16) {
     const __m512 x = _mm512_loadu_ps(weights + p);

@@ -5,7 +5,7 @@
 // divided among the threads (`RowPartition`). With up to 16 rows, each thread has its own copy of
 // the residual stream and of the input of a product, so that a layer needs only five barriers:
 // after the products of q, k and v, after attention, its output projection, SwiGLU and the down
-// projection (six if rows share a sequence).
+// projection (six if rows share a sequence and the heads cannot be divided among the threads).
 //
 // The result of a row depends, to the bit, on its token, its position and the keys and values
 // before it: not on the rows beside it, how a prompt was chunked, or the number of threads. For
@@ -811,7 +811,7 @@ bool attends_on_amx(const Model& m) {
 
 #if defined(USE_AMX)
 // Scratch of `attend_on_amx`, in vectors of H floats: tiles of queries, 16 queries and values.
-const int64_t AMX_SCRATCH_VECTORS = AMX_QUERIES + TILE + AMX_POSITIONS / 2;
+const int64_t AMX_SCRATCH_VECTORS = AMX_MAX_QUERIES + TILE + AMX_POSITIONS / 2;
 
 // Calls `visit` for each 32 positions from `begin` to `end`, with their values, how many of them
 // are within `length`, and the values that are read next, if `prefetches`.
@@ -827,27 +827,7 @@ void for_each_32_values(const CachedHead<uint16_t>& v, int64_t begin, int64_t en
   }
 }
 
-// `weighted_values_tile` on AMX. `packed` is scratch for AMX_POSITIONS values.
-inline void weighted_values_on_amx(const CachedHead<uint16_t>& v, float* weights,
-                                   int64_t weights_stride, int64_t count, int64_t length,
-                                   bool prefetches, uint32_t* packed, float* out) {
-  const int64_t H = v.H;
-  for (int64_t x = 0; x < count; x++)
-    split_weights(weights + x * weights_stride, (length + 31) / 32 * 32);
-  const TileRegisters registers(std::min(count, TILE), TILE);
-  for (int64_t first = 0; first < length; first += AMX_POSITIONS) {
-    const int64_t end = std::min(length, first + AMX_POSITIONS);
-    for_each_32_values(v, first, end, length, prefetches, 16,
-                       [&](int64_t p, const uint16_t* at, int64_t here, const Ahead& ahead) {
-                         pack_values(at, here, H, packed + (p - first) * (H / 2), ahead);
-                       });
-    for (int64_t x = 0; x < count; x += TILE)
-      accumulate_values(weights + x * weights_stride + first, weights_stride, packed,
-                        (end - first + 31) / 32, H, first == 0, out + x * H);
-  }
-}
-
-// The same for one query; `low` and `sums` are scratch for as many weights and for H floats.
+// `weighted_values` for one query; `low` and `sums` are scratch for as many weights and H floats.
 inline void weighted_values_of_one(const CachedHead<uint16_t>& v, float* weights, float* low,
                                    int64_t length, bool prefetches, float* sums, float* out) {
   const int64_t H = v.H, parts = (H + 63) / 64 * 16;
@@ -861,41 +841,113 @@ inline void weighted_values_of_one(const CachedHead<uint16_t>& v, float* weights
   interleave_columns(sums, H, out);
 }
 
-// As `attend_tile`, on AMX, also for one row.
+// `attention_scores` for one query.
+inline void attention_scores_of_one(const CachedHead<uint16_t>& k, const QueryTiles& query,
+                                    int64_t length, float scale, bool prefetches, float* scores) {
+  const TileRegisters registers(TILE, 1);
+  k.for_each_block(length, [&](int64_t first, int64_t here, const uint16_t* at,
+                               const NextKV<uint16_t>& next) {
+    // The last 32 keys may be stale beyond `length`, as in `attention_scores`.
+    for (int64_t p = 0; p < here; p += 32) {
+      const int64_t elements = prefetches ? next.elements(p, p + 32 < here ? 32 : k.size) : 0;
+      Ahead ahead(next.at + p * k.H, elements, k.H / 32);
+      float* to = scores + first + p;
+      score_sums<1>(at + p * k.H, query, 0, to, 0, ahead);
+      for (int64_t i = 0; i < 32; i += 16) store(to + i, load(to + i) * scale);
+    }
+  });
+}
+
+// Attention of a group of queries to one head on AMX, two tiles of them at a time. Query x sees
+// `length` + x positions; `last` is how many the last one sees.
+struct AmxGroup {
+  const QueryTiles& queries;
+  int64_t length, last;
+  float* scores;  // [tile, padded_last, 16], then split weights
+
+  int64_t padded(int64_t positions) const { return (positions + 31) / 32 * 32; }
+  float* scores_of(int64_t tile) const { return scores + tile * padded(last) * TILE; }
+  // Positions that two tiles of queries from `tile` on read.
+  int64_t end(int64_t tile) const { return padded(std::min(last, length + (tile + 2) * TILE - 1)); }
+
+  void compute_scores(const CachedHead<uint16_t>& k, float scale, bool prefetches,
+                      float* maxima) const {
+    const int64_t tiles = queries.tile_count();
+    const __m512 factor = _mm512_set1_ps(scale);
+    std::fill(maxima, maxima + tiles * TILE, -INFINITY);
+    k.for_each_block(last, [&](int64_t first, int64_t here, const uint16_t* at,
+                               const NextKV<uint16_t>& next) {
+      for (int64_t p = 0; p < here; p += 32) {
+        const int64_t elements = prefetches ? next.elements(p, p + 32 < here ? 32 : k.size) : 0;
+        Ahead ahead(next.at + p * k.H, elements, k.H / 32);
+        for (int64_t tile = 0; tile < tiles; tile += 2) {
+          if (first + p >= end(tile)) continue;
+          const bool two = tile + 1 < tiles;
+          const auto sums = two ? score_sums<2> : score_sums<1>;
+          sums(at + p * k.H, queries, tile, scores_of(tile) + (first + p) * TILE,
+               padded(last) * TILE, ahead);
+          for (int64_t t = tile; t < tile + 1 + two; t++)
+            scale_scores(scores_of(t), first + p, length + t * TILE, factor, maxima + t * TILE);
+        }
+      }
+    });
+  }
+
+  // Softmax, in place of the scores.
+  void compute_weights(const float* maxima, float* totals) const {
+    for (int64_t tile = 0; tile < queries.tile_count(); tile++)
+      softmax_tile(scores_of(tile), end(tile / 2 * 2), length + tile * TILE, maxima + tile * TILE,
+                   totals + tile * TILE);
+  }
+
+  // `packed` is scratch for AMX_POSITIONS values.
+  void weight_values(const CachedHead<uint16_t>& v, bool prefetches, uint32_t* packed,
+                     float* out) const {
+    const int64_t H = v.H, tiles = queries.tile_count();
+    for (int64_t first = 0; first < last; first += AMX_POSITIONS) {
+      const int64_t stop = std::min(last, first + AMX_POSITIONS);
+      for_each_32_values(v, first, stop, last, prefetches, 16,
+                         [&](int64_t p, const uint16_t* at, int64_t here, const Ahead& ahead) {
+                           pack_values(at, here, H, packed + (p - first) * (H / 2), ahead);
+                         });
+      for (int64_t tile = 0; tile < tiles; tile += 2) {
+        const int64_t groups = (std::min(padded(stop), end(tile)) - first) / 32;
+        if (groups <= 0) continue;
+        const auto accumulate = tile + 1 < tiles ? accumulate_values<2> : accumulate_values<1>;
+        accumulate(scores_of(tile) + first * TILE, padded(last) * TILE, packed, groups, H,
+                   first == 0, out + tile * TILE * H);
+      }
+    }
+  }
+};
+
+// As `attend_tile`, on AMX, also for one row; `count` is at most `amx_queries` of the last length.
 NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
                             const CachedHead<uint16_t>& v, int64_t length, int64_t count,
-                            const float* q, int64_t q_stride, float* scores, int64_t scores_stride,
-                            float* out, float* scratch, const Input& in, int64_t row,
-                            int64_t column) {
-  const int64_t H = m.H, last = length + count - 1, padded_last = (last + 31) / 32 * 32;
+                            const float* q, int64_t q_stride, float* scores, float* out,
+                            float* scratch, const Input& in, int64_t row, int64_t column) {
+  const int64_t H = m.H, last = length + count - 1;
   const float scale = 1.0f / std::sqrt(float(H));
-  const QueryTiles queries{reinterpret_cast<uint32_t*>(scratch), count, std::min(count, TILE), H};
-  uint32_t *rows = queries.data + AMX_QUERIES * H, *packed = rows + TILE * H;
+  const QueryTiles queries{reinterpret_cast<uint32_t*>(scratch), count, count == 1 ? 1 : TILE, H};
+  uint32_t *rows = queries.data + AMX_MAX_QUERIES * H, *packed = rows + TILE * H;
+  alignas(64) float maxima[AMX_MAX_QUERIES], totals[AMX_MAX_QUERIES];
   for (int64_t g = 0; g < m.N / m.K; g++) {
+    const bool prefetches = g == 0;
     queries.pack(q + g * H, q_stride, rows);
-    {
-      const TileRegisters registers(TILE, queries.width);
-      k.for_each_block(last, [&](int64_t first, int64_t here, const uint16_t* at,
-                                 const NextKV<uint16_t>& ahead) {
-        // The last 32 keys may be stale beyond `last`, as in `attention_scores`.
-        for (int64_t p = 0; p < here; p += 32) {
-          const int64_t elements = g > 0 ? 0 : ahead.elements(p, p + 32 < here ? 32 : k.size);
-          scores_of_keys(at + p * H, queries, scale, scores + first + p, scores_stride,
-                         Ahead(ahead.at + p * H, elements, H / 32));
-        }
-      });
-    }
-    float totals[AMX_QUERIES];
-    for (int64_t x = 0; x < count; x++) {
-      float* here = scores + x * scores_stride;
-      totals[x] = softmax_numerators(here, length + x);
-      std::fill(here + length + x, here + padded_last, 0);  // keys of later rows
-    }
-    if (count == 1)
-      weighted_values_of_one(v, scores, scores + scores_stride, last, g == 0,
+    if (count == 1) {
+      attention_scores_of_one(k, queries, last, scale, prefetches, scores);
+      const int64_t padded = (last + 31) / 32 * 32;
+      totals[0] = softmax_numerators(scores, last);
+      std::fill(scores + last, scores + padded, 0);
+      weighted_values_of_one(v, scores, scores + padded, last, prefetches,
                              reinterpret_cast<float*>(packed), out);
-    else
-      weighted_values_on_amx(v, scores, scores_stride, count, last, g == 0, packed, out);
+    } else {
+      const TileRegisters registers(TILE, TILE);
+      const AmxGroup group{queries, length, last, scores};
+      group.compute_scores(k, scale, prefetches, maxima);
+      group.compute_weights(maxima, totals);
+      group.weight_values(v, prefetches, packed, out);
+    }
     for (int64_t x = 0; x < count; x++) {
       for (int64_t i = 0; i < H; i++) out[x * H + i] /= totals[x];
       in.store(row + x, column + g * H, out + x * H, H);
@@ -903,7 +955,8 @@ NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
   }
 }
 #else
-const int64_t AMX_SCRATCH_VECTORS = 0;
+const int64_t AMX_MAX_QUERIES = 0, AMX_SCRATCH_VECTORS = 0;
+int64_t amx_queries(int64_t) { return 0; }
 #endif
 
 // silu(gate) * up, for some columns of all rows; rows of `gates` and `ups` are `stride` floats
@@ -1009,32 +1062,41 @@ struct AttentionLayer {
   // `attend_row` for `count` rows of one sequence.
   void attend_rows(int64_t row, int64_t count, int64_t head, float* scratch) const {
     const int64_t n = head * (m.N / m.K) * m.H, stride = leading_dimension(rows.max_length);
-    float *out = scratch, *tile_scratch = out + MAX_QUERIES * m.H,
-          *scores = tile_scratch + MAX_SCRATCH_VECTORS * m.H;
+    float *out = scratch, *tile_scratch = out + OUT_VECTORS * m.H,
+          *scores = tile_scratch + TILE_SCRATCH_VECTORS * m.H;
     const auto [k, v] = keys_and_values(row, head);
 #if defined(USE_AMX)
     if constexpr (std::is_same_v<T, uint16_t>)
       if (attends_on_amx<T>(m))
         return attend_on_amx(m, k, v, rows.positions[row] + 1, count, qkv + row * qkv_width + n,
-                             qkv_width, scores, stride, out, tile_scratch, attention_out, row, n);
+                             qkv_width, scores, out, tile_scratch, attention_out, row, n);
 #endif
     attend_tile(m, k, v, rows.positions[row] + 1, count, qkv + row * qkv_width + n, qkv_width,
                 scores, stride, out, tile_scratch, attention_out, row, n);
   }
 
-  static const int64_t MAX_SCRATCH_VECTORS =
+  // Rows that attend together, at most.
+  int64_t max_queries() const {
+    return attends_on_amx<T>(m) ? amx_queries(rows.max_length) : MAX_QUERIES;
+  }
+
+  // What `attend_rows` needs on this processor, with AMX or without it, in vectors of H floats.
+  static const int64_t OUT_VECTORS = MAX_QUERIES > AMX_MAX_QUERIES ? MAX_QUERIES : AMX_MAX_QUERIES;
+  static const int64_t TILE_SCRATCH_VECTORS =
       AMX_SCRATCH_VECTORS > SCRATCH_VECTORS ? AMX_SCRATCH_VECTORS : SCRATCH_VECTORS;
 
   static int64_t scratch_size(int64_t H, int64_t max_length) {
-    return (MAX_QUERIES + MAX_SCRATCH_VECTORS) * H + MAX_QUERIES * leading_dimension(max_length);
+    const int64_t queries = std::max<int64_t>(MAX_QUERIES, amx_queries(max_length));
+    return (OUT_VECTORS + TILE_SCRATCH_VECTORS) * H + queries * leading_dimension(max_length);
   }
 
   // The cost of a row, in keys read; storing and rotating counts as some.
   int64_t cost(int64_t row) const { return rows.positions[row] + 16; }
 
   // A task is a row and a key head. Each thread has consecutive tasks of about equal total cost. If
-  // rows share a sequence, later ones read keys that other threads store: so all are stored first,
-  // and the tasks of one head follow each other, so that its keys stay in the cache.
+  // rows share a sequence, later ones read keys that earlier ones store: so those are stored first,
+  // and the tasks of one head follow each other, so that its keys stay in the cache. If the heads
+  // can be divided among the threads, no thread reads what another one stores.
   void run(Barrier& barrier, float* scratch) const {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), R = rows.count;
     int64_t total = 0;  // of one head
@@ -1050,9 +1112,12 @@ struct AttentionLayer {
           }
       return;
     }
-    for (int64_t task = thread; task < R * m.K; task += team)
-      store_kv_and_rotate(task / m.K, task % m.K, scratch);
-    barrier.wait();
+    const bool whole_heads = m.K % team == 0;
+    const int64_t stored_heads = whole_heads ? m.K / team : 1;  // of a row, one after another
+    for (int64_t task = thread; task < R * m.K / stored_heads; task += team)
+      for (int64_t i = 0; i < stored_heads; i++)
+        store_kv_and_rotate(task * stored_heads / m.K, task * stored_heads % m.K + i, scratch);
+    if (!whole_heads) barrier.wait();
     for (int64_t head = first / total; head < m.K && head * total < last; head++) {
       done = head * total;
       for (int64_t row = 0; row < R && done < last;) {
@@ -1060,7 +1125,7 @@ struct AttentionLayer {
         const bool mine = done >= first;
         int64_t count = 0;  // rows of one sequence that are all this thread's, or all not
         do done += cost(row + count++);
-        while (count < MAX_QUERIES && rows.follows(row, count) && done < last &&
+        while (count < max_queries() && rows.follows(row, count) && done < last &&
                mine == (done >= first));
         if (mine && m.H % 16 == 0 && (count >= MIN_QUERIES || attends_on_amx<T>(m)))
           attend_rows(row, count, head, scratch);

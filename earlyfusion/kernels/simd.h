@@ -245,8 +245,12 @@ inline floats exp_split(floats x, floats n) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if LANES == 16
+  return floats(_mm512_scalef_ps(__m512(p), __m512(n)));
+#else
   const ints bits = (__builtin_convertvector(n, ints) + 127) << 23;  // 2^n: n in a float's exponent
   return p * load_vector<floats>(&bits);
+#endif
 }
 
 inline floats round_to_integer(floats x) {
@@ -257,11 +261,18 @@ inline floats round_to_integer(floats x) {
 
 // e^x to about one part in 10^7; 0 below -87, and at most e^88.
 inline floats vector_exp(floats x) {
+#if LANES == 16
+  const __mmask16 normal = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  x = floats(_mm512_min_ps(_mm512_set1_ps(88.0f), __m512(x)));
+  const floats e = exp_split(x, round_to_integer(x * 1.44269504f));
+  return floats(_mm512_maskz_mov_ps(normal, __m512(e)));
+#else
   const ints underflow = x < -87.0f;
   x = underflow ? floats{} - 87.0f : x;
   x = x > 88.0f ? floats{} + 88.0f : x;
   const floats e = exp_split(x, round_to_integer(x * 1.44269504f));
   return underflow ? floats{} : e;
+#endif
 }
 
 }  // namespace
