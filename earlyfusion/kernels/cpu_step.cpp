@@ -1234,17 +1234,21 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
     }
     std::memcpy(x + own.begin * D, x_RD + own.begin * D,
                 (own.end - own.begin) * D * sizeof(float));
-    const auto sublayer_input = [&](const float* norm) {
-      store_input(x, m.norm_after ? nullptr : norm, own, D, m.eps, in);
+    // The residual sum after a sublayer and the input of the next one, a tile of rows at a time, so
+    // that x is read once. The first sublayer has none before it, and the last one none after it.
+    const auto between_sublayers = [&](const float* norm, const float* next_norm) {
+      for (int64_t first = own.begin; first < own.end; first += TILE) {
+        const Range tile{first, std::min(own.end, first + TILE)};
+        if (norm)
+          add_residual(x, y, y_width, m.norm_after ? norm : nullptr, tile, D, m.eps, norm_scratch);
+        if (next_norm) store_input(x, m.norm_after ? nullptr : next_norm, tile, D, m.eps, in);
+      }
       if (divided) barrier.wait();
     };
-    const auto add_sublayer_output = [&](const float* norm) {
-      add_residual(x, y, y_width, m.norm_after ? norm : nullptr, own, D, m.eps, norm_scratch);
-    };
+    between_sublayers(nullptr, m.layers[0].attention_norm);
     for (int64_t i = 0; i < m.layer_count; i++) {
       const Layer& l = m.layers[i];
       LayerPartitions& work = partitions[i];
-      sublayer_input(l.attention_norm);
       {
         const Gemm gemm(l.q_proj, in, R);
         float *k = qkv + m.N * m.H, *v = k + m.K * m.H;
@@ -1260,9 +1264,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
         work.o.for_each([&](Range range) { gemm.multiply(l.o_proj, range, y, y_width); });
       }
       barrier.wait();
-      add_sublayer_output(l.attention_norm);
-
-      sublayer_input(l.feed_forward_norm);
+      between_sublayers(l.attention_norm, l.feed_forward_norm);
       {
         const Gemm gemm(l.gate_proj, in, R);
         work.gate_up.for_each([&](Range range) {
@@ -1278,7 +1280,8 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
         work.down.for_each([&](Range range) { gemm.multiply(l.down_proj, range, y, y_width); });
       }
       barrier.wait();
-      add_sublayer_output(l.feed_forward_norm);
+      between_sublayers(l.feed_forward_norm,
+                        i + 1 < m.layer_count ? m.layers[i + 1].attention_norm : nullptr);
     }
     // Rows that are not divided are the same in all threads.
     if (divided || omp_get_thread_num() == 0)
