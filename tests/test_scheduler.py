@@ -296,15 +296,6 @@ def test_a_prompt_is_read_in_larger_pieces_if_no_request_samples() -> None:
     assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8, 1]
 
 
-def test_the_back_end_chooses_how_much_is_read_if_no_request_samples() -> None:
-    scheduler = scheduler_of(20, 8)
-    scheduler.prefill_factor = 6
-    scheduler.add(Entry([Branch([1] * 70)]))
-    assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [48]
-    scheduler.add(Entry([Branch([0])]))
-    assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8, 1]
-
-
 @pytest.mark.parametrize("length", [36, 37])
 def test_the_last_few_tokens_of_a_prompt_need_no_step_of_their_own(length: int) -> None:
     scheduler = scheduler_of(20, 8)

@@ -54,8 +54,8 @@ class Engine:
     `cache_bytes` is the size of the cache (default: a share of the free memory, see `cache_size`).
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
     in which one request samples computes at most `chunk` tokens of prompts, more if several sample,
-    and four times as many if none does, or 16 times for bf16 weights on a CPU with AMX (default: 64
-    on a CPU, 512 on a GPU; see `Scheduler`). At most `most_running` requests run at once.
+    and four times as many if none does (default: 64 on a CPU, 256 for bf16 weights on a CPU with
+    AMX, 512 on a GPU; see `Scheduler`). At most `most_running` requests run at once.
     `cache_dtype` is the dtype of keys and values: "fp32", "bf16", "int8", or on newer GPUs "fp8"
     (default: the model's). With `static`, steps without prefill sample several tokens at a time
     (default: on a CUDA device, where these steps are captured graphs). `adapters` maps names that
@@ -88,10 +88,14 @@ class Engine:
         token_bytes = PagedCache.token_bytes(transformer.config, dtype)
         self.cache_size = cache_size(token_bytes, self.context_tokens, device, cache_bytes)
         self.transformer, self.processor = transformer, processor
-        default_chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
-        self._chunk = default_chunk if chunk is None else chunk
+        self._chunk = chunk
+        self._default_chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
         self.most_running = most_running
-        self._scheduler = Scheduler(BlockPool(self.cache_size.blocks), self._chunk, most_running)
+        self._scheduler = Scheduler(
+            BlockPool(self.cache_size.blocks),
+            self._default_chunk if chunk is None else chunk,
+            most_running,
+        )
         self._handles: dict[int, Handle] = {}  # of requests under way, by number
         self._cancelled: deque[Handle] = deque()
         self._lock = _FairLock()
@@ -273,10 +277,14 @@ class Engine:
             if peers_of(self.transformer) is None
             else LeadingRunner(*arguments, self._static)
         )
-        needs_whole_prompts = self.runner.backend.needs_whole_prompts
-        self._scheduler.pool.prefix_caching = not needs_whole_prompts
-        self._scheduler.chunk = sys.maxsize if needs_whole_prompts else self._chunk
-        self._scheduler.prefill_factor = self.runner.backend.prefill_factor
+        backend = self.runner.backend
+        self._scheduler.pool.prefix_caching = not backend.needs_whole_prompts
+        if backend.needs_whole_prompts:
+            self._scheduler.chunk = sys.maxsize
+        elif self._chunk is None:
+            self._scheduler.chunk = self._default_chunk * backend.chunk_factor
+        else:
+            self._scheduler.chunk = self._chunk
         for handle in self._handles.values():
             handle.grammar_state.grammar = self.grammar(handle.request.stops, handle.request.layout)
             self.runner.sampler.allow(handle.grammar_state.grammar)

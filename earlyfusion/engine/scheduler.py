@@ -20,8 +20,7 @@ from earlyfusion.engine.blocks import BlockPool, Branch, Copy
 from earlyfusion.errors import SettingError
 
 PREFILL_ONLY_FACTOR = 4
-"""A step in which no request samples computes this many times `chunk` tokens of prompts, unless the
-back end chooses otherwise (`Backend.prefill_factor`)."""
+"""A step in which no request samples computes this many times `chunk` tokens of prompts."""
 _REST = 8
 """A step computes the last tokens of a prompt too if they exceed its budget by at most one in so
 many: a step of their own would read all weights for a few tokens."""
@@ -115,7 +114,6 @@ class Scheduler:
                 f"chunk={chunk}, most_running={most_running}: at least 2 and 1 are needed"
             )
         self.pool, self.chunk, self.most_running = pool, chunk, most_running
-        self.prefill_factor = PREFILL_ONLY_FACTOR
         self.waiting: list[Entry] = []
         self.running: list[Entry] = []  # always in the order of `_sort_key`
         self.preemptions = 0
@@ -182,7 +180,7 @@ class Scheduler:
         requests = zip(self.running, pending, strict=True)
         sampling = [entry for entry, number in requests if number == len(entry.branches)]
         if not sampling:
-            return self.prefill_factor * self.chunk
+            return PREFILL_ONLY_FACTOR * self.chunk
         rows = sum(len(entry.branches) * (1 + len(entry.drafts)) for entry in sampling)
         waiting = max(len(self.running) - len(sampling), len(sampling))
         # chunk * (1 + (rows - 1) / _CHEAP_ROWS) * (waiting / sampling), in whole numbers.

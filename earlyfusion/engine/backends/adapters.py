@@ -26,8 +26,8 @@ class MultiAdapter:
         return self._base.needs_whole_prompts
 
     @property
-    def prefill_factor(self) -> int:
-        return self._base.prefill_factor
+    def chunk_factor(self) -> int:
+        return self._base.chunk_factor
 
     @property
     def sample(self) -> Callable[[Sequence[Choice]], list[int]] | None:

@@ -17,15 +17,15 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """If `needs_whole_prompts`, a prompt must be computed in one piece, from its first token. A
-    step in which no request samples should compute `prefill_factor` times as many tokens of prompts
-    as one beside a request that samples."""
+    """If `needs_whole_prompts`, a prompt must be computed in one piece, from its first token. The
+    engine's default `chunk` is `chunk_factor` times as large as usual: more than once, if steps of
+    many tokens are that much faster than on other processors."""
 
     @property
     def needs_whole_prompts(self) -> bool: ...
 
     @property
-    def prefill_factor(self) -> int: ...
+    def chunk_factor(self) -> int: ...
 
     def hidden_states(self, step: Step) -> Tensor:
         """The head's input [R, D] for the rows of `step.logits_indices`. Writes the cache."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from earlyfusion.engine.backends.attention import StepAttend, StepAttention
 from earlyfusion.engine.backends.interface import Product
 from earlyfusion.engine.cache import PagedCache
-from earlyfusion.engine.scheduler import PREFILL_ONLY_FACTOR, Piece, Step
+from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.model.transformer import Transformer
 
 
@@ -21,7 +21,7 @@ class ModuleTransformer:
     module."""
 
     needs_whole_prompts = True
-    prefill_factor = PREFILL_ONLY_FACTOR
+    chunk_factor = 1
     sample = None
 
     def __init__(self, transformer: Transformer, cache: PagedCache) -> None:

@@ -23,7 +23,7 @@ from earlyfusion.devices import free_bytes
 from earlyfusion.engine.backends.attention import StepAttention
 from earlyfusion.engine.backends.interface import Product, head_product, vocab_logits
 from earlyfusion.engine.cache import PagedCache
-from earlyfusion.engine.scheduler import PREFILL_ONLY_FACTOR, Step
+from earlyfusion.engine.scheduler import Step
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import HEAD_NORM_EPS, Block, RMSNorm, Transformer
 
@@ -47,7 +47,7 @@ class FusedTransformer:
     """Fused products in torch, on any device."""
 
     needs_whole_prompts = False
-    prefill_factor = PREFILL_ONLY_FACTOR
+    chunk_factor = 1
     sample = None
 
     def __init__(self, transformer: Transformer, cache: PagedCache) -> None:
