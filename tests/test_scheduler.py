@@ -448,6 +448,15 @@ def test_a_prompt_that_begins_like_another_shares_its_blocks() -> None:
     assert list(last.blocks[:2]) == [0, 1] and copied is not None and last.num_computed == 10
 
 
+@pytest.mark.parametrize(("equal", "copies"), [(1, False), (3, False), (4, True)])
+def test_a_few_equal_tokens_are_not_worth_a_copy(equal: int, copies: bool) -> None:
+    pool = BlockPool(8, 32)
+    started(pool, [0] * 40, 40)
+    other, copied = started(pool, [*[0] * equal, *[1] * 20], 0)
+    assert copied == (Copy(0, 2, equal) if copies else None)
+    assert other.num_computed == (equal if copies else 0)
+
+
 def test_equal_tokens_behind_other_ones_are_not_shared() -> None:
     pool = BlockPool(8, 2)
     started(pool, [1, 2, 5, 6, 7], 5)

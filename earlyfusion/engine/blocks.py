@@ -24,6 +24,9 @@ BLOCK_SIZE = 32
 """Tokens per block. The compiled step reads sixteen at a time, so it is a multiple of sixteen."""
 
 _MAX_CANDIDATES = 64  # cached blocks with one parent that are compared, the newest first
+_MIN_COPIED = 8
+"""A copy of fewer than one in so many tokens of a block takes longer than computing them: nearly all
+prompts begin with the same token."""
 
 
 @dataclass(eq=False)
@@ -151,7 +154,7 @@ class BlockPool:
     def extend(self, branch: Branch, tokens: int) -> Copy | None:
         """Give a branch new blocks until it has room for `tokens` tokens. If all its blocks are
         full, the cached block whose beginning matches most of its next tokens is looked up, and the
-        returned copy brings that beginning into the first new block."""
+        returned copy brings that beginning into the first new block, if it is worth that."""
         number = len(branch.blocks)
         source, shared = None, 0
         if self.prefix_caching and branch.num_computed == number * self.size:
@@ -267,14 +270,14 @@ class BlockPool:
 
     def _longest_match(self, branch: Branch) -> tuple[int | None, int]:
         """The cached block that begins like the next tokens of a branch for the longest stretch,
-        and the length of that stretch; None and 0 if there is none."""
+        and the length of that stretch; None and 0 if there is none that is worth a copy."""
         start = len(branch.blocks) * self.size
         tokens = branch.tokens[start : min(start + self.size, len(branch.tokens) - 1)]
         children = self._children.get(branch.parent, {})
         best: tuple[int | None, int] = None, 0
         for block in islice(reversed(children), _MAX_CANDIDATES):
             shared = _common_length(self.content(block), tokens)
-            if shared > best[1]:
+            if shared > best[1] and shared * _MIN_COPIED >= self.size:
                 best = block, shared
         return best
 
