@@ -25,8 +25,8 @@ BLOCK_SIZE = 32
 
 _MAX_CANDIDATES = 64  # cached blocks with one parent that are compared, the newest first
 _MIN_COPIED = 8
-"""A copy of fewer than one in so many tokens of a block takes longer than computing them: nearly all
-prompts begin with the same token."""
+"""A copy of fewer than one in so many tokens of a block takes longer than computing them. Nearly
+all prompts begin with the same token."""
 
 
 @dataclass(eq=False)
