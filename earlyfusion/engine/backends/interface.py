@@ -18,8 +18,8 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 class Backend(Protocol):
     """If `needs_whole_prompts`, a prompt must be computed in one piece, from its first token. The
-    engine's default `chunk` is `chunk_factor` times as large as usual: more than once, if steps of
-    many tokens are that much faster than on other processors."""
+    engine multiplies its default `chunk` by `chunk_factor`, which is above 1 where steps of many
+    tokens are that much faster than elsewhere."""
 
     @property
     def needs_whole_prompts(self) -> bool: ...
