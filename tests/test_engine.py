@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load, save
 from tiny import CONFIG, make_request, tiny_processor, tiny_transformer
 from tolerances import assert_close
@@ -23,6 +24,7 @@ from earlyfusion.checkpoints import detect
 from earlyfusion.engine import runner
 from earlyfusion.engine.backends import attention, cpu
 from earlyfusion.engine.backends import torch as torch_backend
+from earlyfusion.engine.backends.attention import _causal_mask
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
 from earlyfusion.engine.cache import PagedCache
@@ -409,6 +411,16 @@ def test_a_reply_does_not_depend_on_how_its_prompt_was_read(
         assert run(Engine(model, processor, chunk=50), requests) == alone
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("rows", "end"), [(1, 6), (4, 11)])
+def test_the_causal_mask_of_a_gpu_is_that_of_a_cpu(rows: int, end: int) -> None:
+    q, k, v = torch.randn(1, 2, rows, 8), torch.randn(1, 2, end, 8), torch.randn(1, 2, end, 8)
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, attn_mask=_causal_mask(rows, end, device))
+        for device in (torch.device("cpu"), torch.device("cuda"))
+    ]
+    torch.testing.assert_close(*outputs)
 
 
 # --- what a request leaves and finds ---------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from earlyfusion.engine.blocks import Branch
 from earlyfusion.engine.cache import LayerCache, PagedCache
@@ -45,7 +44,8 @@ class _Segment(NamedTuple):
     rows: slice
     blocks_1N: Tensor
     end: int
-    mask: CausalBias
+    causal: bool
+    mask: Tensor | None
 
 
 class StepAttention:
@@ -99,11 +99,12 @@ class StepAttention:
 
     def _make_segments(self, longer: Sequence[Piece], row: int) -> Iterator[_Segment]:
         for piece in longer:
-            rows, end = slice(row, row + piece.rows), piece.start + piece.rows
-            # The last query sees all keys. Kernels for GPUs need no mask in memory for this; on a
-            # CPU torch makes one, unless the piece begins at position 0.
-            mask = causal_lower_right(piece.rows, end)
-            yield _Segment(rows, self._table([piece.branch], end), end, mask)
+            mask, end = None, piece.start + piece.rows
+            # `is_causal` aligns queries with the first keys, so it only fits a piece at position 0.
+            if piece.start:
+                mask = _causal_mask(piece.rows, end, self._cache.device)
+            rows = slice(row, row + piece.rows)
+            yield _Segment(rows, self._table([piece.branch], end), end, not piece.start, mask)
             row += piece.rows
 
     def _table(self, branches: Sequence[Branch], end: int) -> Tensor:
@@ -125,6 +126,17 @@ class StepAttention:
         return torch.tensor(values).to(self._cache.device)
 
 
+def _causal_mask(rows: int, end: int, device: torch.device) -> Tensor:
+    """Of the last `rows` of `end` positions."""
+    if device.type == "cpu":
+        positions_T = torch.arange(end)
+        return positions_T <= positions_T[end - rows :, None]
+    # Kernels for GPUs need no mask in memory for this. Not imported above: it imports the compiler.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(rows, end)
+
+
 def _attend_group(layer: LayerCache, q_RNH: Tensor, group: _Group) -> Tensor:
     k_RKPH, v_RKPH = layer.read(group.blocks_RN, group.end, q_RNH.dtype)
     mask = None if group.mask is None else group.mask.to(q_RNH.dtype)
@@ -142,6 +154,7 @@ def _attend_segment(layer: LayerCache, q_TNH: Tensor, segment: _Segment) -> Tens
         k_1KPH,
         v_1KPH,
         attn_mask=segment.mask,
+        is_causal=segment.causal,
         enable_gqa=q_TNH.shape[1] != k_1KPH.shape[1],
     )
     return out_1NTH[0].transpose(0, 1)
