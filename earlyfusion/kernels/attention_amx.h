@@ -31,6 +31,9 @@ inline int64_t amx_queries(int64_t length) {
   return std::max<int64_t>(32, std::min(AMX_MAX_QUERIES, fitting));
 }
 
+// Keys and values are multiplied 32 positions at a time.
+inline int64_t padded_positions(int64_t count) { return (count + 31) / 32 * 32; }
+
 // Splits 16 floats into two bf16 each.
 ALWAYS_INLINE void split_into_bf16(__m512 x, void* high, void* low) {
   const __m512i upper = round_to_bf16(x);

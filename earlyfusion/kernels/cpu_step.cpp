@@ -827,11 +827,24 @@ void for_each_32_values(const CachedHead<uint16_t>& v, int64_t begin, int64_t en
   }
 }
 
+// Calls `visit` for each 32 positions, with their keys and what is read next, if `prefetches`. The
+// last 32 keys may be stale beyond `length`, as in `attention_scores`.
+template <class Visit>
+void for_each_32_keys(const CachedHead<uint16_t>& k, int64_t length, bool prefetches, Visit visit) {
+  k.for_each_block(length, [&](int64_t first, int64_t here, const uint16_t* at,
+                               const NextKV<uint16_t>& next) {
+    for (int64_t p = 0; p < here; p += 32) {
+      const int64_t elements = prefetches ? next.elements(p, p + 32 < here ? 32 : k.size) : 0;
+      visit(first + p, at + p * k.H, Ahead(next.at + p * k.H, elements, k.H / 32));
+    }
+  });
+}
+
 // `weighted_values` for one query; `low` and `sums` are scratch for as many weights and H floats.
 inline void weighted_values_of_one(const CachedHead<uint16_t>& v, float* weights, float* low,
                                    int64_t length, bool prefetches, float* sums, float* out) {
   const int64_t H = v.H, parts = (H + 63) / 64 * 16;
-  split_weights_into_floats(weights, (length + 31) / 32 * 32, low);
+  split_weights_into_floats(weights, padded_positions(length), low);
   std::fill(sums, sums + H, 0);
   const FlushedDenormals flushed;
   for_each_32_values(v, 0, length, length, prefetches, parts,
@@ -845,16 +858,10 @@ inline void weighted_values_of_one(const CachedHead<uint16_t>& v, float* weights
 inline void attention_scores_of_one(const CachedHead<uint16_t>& k, const QueryTiles& query,
                                     int64_t length, float scale, bool prefetches, float* scores) {
   const TileRegisters registers(TILE, 1);
-  k.for_each_block(length, [&](int64_t first, int64_t here, const uint16_t* at,
-                               const NextKV<uint16_t>& next) {
-    // The last 32 keys may be stale beyond `length`, as in `attention_scores`.
-    for (int64_t p = 0; p < here; p += 32) {
-      const int64_t elements = prefetches ? next.elements(p, p + 32 < here ? 32 : k.size) : 0;
-      Ahead ahead(next.at + p * k.H, elements, k.H / 32);
-      float* to = scores + first + p;
-      score_sums<1>(at + p * k.H, query, 0, to, 0, ahead);
-      for (int64_t i = 0; i < 32; i += 16) store(to + i, load(to + i) * scale);
-    }
+  for_each_32_keys(k, length, prefetches, [&](int64_t p, const uint16_t* keys, Ahead ahead) {
+    float* to = scores + p;
+    score_sums<1>(keys, query, 0, to, 0, ahead);
+    for (int64_t i = 0; i < 32; i += 16) store(to + i, load(to + i) * scale);
   });
 }
 
@@ -863,32 +870,28 @@ inline void attention_scores_of_one(const CachedHead<uint16_t>& k, const QueryTi
 struct AmxGroup {
   const QueryTiles& queries;
   int64_t length, last;
-  float* scores;  // [tile, padded_last, 16], then split weights
+  float* scores;  // [tile, padded last, 16], then split weights
 
-  int64_t padded(int64_t positions) const { return (positions + 31) / 32 * 32; }
-  float* scores_of(int64_t tile) const { return scores + tile * padded(last) * TILE; }
+  int64_t tile_stride() const { return padded_positions(last) * TILE; }
+  float* scores_of(int64_t tile) const { return scores + tile * tile_stride(); }
   // Positions that two tiles of queries from `tile` on read.
-  int64_t end(int64_t tile) const { return padded(std::min(last, length + (tile + 2) * TILE - 1)); }
+  int64_t end(int64_t tile) const {
+    return padded_positions(std::min(last, length + (tile + 2) * TILE - 1));
+  }
 
   void compute_scores(const CachedHead<uint16_t>& k, float scale, bool prefetches,
                       float* maxima) const {
     const int64_t tiles = queries.tile_count();
     const __m512 factor = _mm512_set1_ps(scale);
     std::fill(maxima, maxima + tiles * TILE, -INFINITY);
-    k.for_each_block(last, [&](int64_t first, int64_t here, const uint16_t* at,
-                               const NextKV<uint16_t>& next) {
-      for (int64_t p = 0; p < here; p += 32) {
-        const int64_t elements = prefetches ? next.elements(p, p + 32 < here ? 32 : k.size) : 0;
-        Ahead ahead(next.at + p * k.H, elements, k.H / 32);
-        for (int64_t tile = 0; tile < tiles; tile += 2) {
-          if (first + p >= end(tile)) continue;
-          const bool two = tile + 1 < tiles;
-          const auto sums = two ? score_sums<2> : score_sums<1>;
-          sums(at + p * k.H, queries, tile, scores_of(tile) + (first + p) * TILE,
-               padded(last) * TILE, ahead);
-          for (int64_t t = tile; t < tile + 1 + two; t++)
-            scale_scores(scores_of(t), first + p, length + t * TILE, factor, maxima + t * TILE);
-        }
+    for_each_32_keys(k, last, prefetches, [&](int64_t p, const uint16_t* keys, Ahead ahead) {
+      for (int64_t tile = 0; tile < tiles; tile += 2) {
+        if (p >= end(tile)) continue;
+        const bool two = tile + 1 < tiles;
+        const auto sums = two ? score_sums<2> : score_sums<1>;
+        sums(keys, queries, tile, scores_of(tile) + p * TILE, tile_stride(), ahead);
+        for (int64_t t = tile; t < tile + 1 + two; t++)
+          scale_scores(scores_of(t), p, length + t * TILE, factor, maxima + t * TILE);
       }
     });
   }
@@ -911,11 +914,11 @@ struct AmxGroup {
                            pack_values(at, here, H, packed + (p - first) * (H / 2), ahead);
                          });
       for (int64_t tile = 0; tile < tiles; tile += 2) {
-        const int64_t groups = (std::min(padded(stop), end(tile)) - first) / 32;
+        const int64_t groups = (std::min(padded_positions(stop), end(tile)) - first) / 32;
         if (groups <= 0) continue;
         const auto accumulate = tile + 1 < tiles ? accumulate_values<2> : accumulate_values<1>;
-        accumulate(scores_of(tile) + first * TILE, padded(last) * TILE, packed, groups, H,
-                   first == 0, out + tile * TILE * H);
+        accumulate(scores_of(tile) + first * TILE, tile_stride(), packed, groups, H, first == 0,
+                   out + tile * TILE * H);
       }
     }
   }
@@ -936,7 +939,7 @@ NOINLINE void attend_on_amx(const Model& m, const CachedHead<uint16_t>& k,
     queries.pack(q + g * H, q_stride, rows);
     if (count == 1) {
       attention_scores_of_one(k, queries, last, scale, prefetches, scores);
-      const int64_t padded = (last + 31) / 32 * 32;
+      const int64_t padded = padded_positions(last);
       totals[0] = softmax_numerators(scores, last);
       std::fill(scores + last, scores + padded, 0);
       weighted_values_of_one(v, scores, scores + padded, last, prefetches,
