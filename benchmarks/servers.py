@@ -121,6 +121,9 @@ def peers(options: argparse.Namespace, folder: Path) -> list[Peer]:
         slots = max(options.clients)
         command += ["--parallel", str(slots), "--no-webui"]
         command += ["--ctx-size", str(slots * (options.prompt + options.tokens + 16))]
+        # All prompts at once: its graph of Chameleon stops the process at a part without a result.
+        together = str(max(slots * (options.prompt + 1), 512))
+        command += ["--batch-size", together, "--ubatch-size", together]
         found.append(Peer("llama-server", command, endless | {"cache_prompt": False}))
     return found
 

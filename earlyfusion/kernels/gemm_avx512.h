@@ -51,6 +51,11 @@ const bool IS_ZEN5 = true;  // only Zen 5 and Tiger Lake have this extension
 #else
 const bool IS_ZEN5 = false;
 #endif
+#if defined(__AMX_TILE__)
+const bool IS_XEON = true;  // loads and multiplies 512 bits twice per cycle
+#else
+const bool IS_XEON = false;
+#endif
 
 bool uses_int16(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
 
@@ -68,6 +73,7 @@ inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
     return R <= 48 ? TILED : PACKED;
   }
   if (R <= 6) return BLOCKED;
+  if (IS_XEON && words <= TILED_KC_WORDS && (R <= 8 || R > 80)) return R <= 8 ? STREAMED : PACKED;
   // Longer rows are tiled in several blocks of columns, whose sums have to be stored in between.
   if (words <= TILED_KC_WORDS) return TILED;
   return R <= 24 ? BLOCKED : R <= 48 ? TILED : PACKED;
