@@ -297,23 +297,30 @@ def test_disconnected_clients_leak_nothing(count: int) -> None:
     remote = RemoteEngine(partial(start, plan), step_timeout=60)
     with running(remote) as server, ThreadPoolExecutor(4) as pool:
         driver, pids = server.service.driver, (os.getpid(), remote.pid)
-        # The server's memory levels off after some 500; after 60 it still grows by 3%.
-        list(pool.map(partial(leave, server), range(max(60, count // 2))))
-        server.wait_until_idle()
-        before = [Held.by(pid) for pid in pids]
-        list(pool.map(partial(leave, server), range(count)))
-        server.wait_until_idle()
-        end = monotonic() + 30
-        # An idle child's last message is read within a second, and the driver's thread may not have
-        # seen yet that the last client has left.
-        while remote.used_blocks or driver._inbox or driver._jobs:
-            assert monotonic() < end
-            sleep(0.05)
-        assert not driver._jobs and not driver._inbox and not driver._undelivered
-        assert driver._num_admitted == 0 and not driver._batches and not remote._handles
-        for old, new in zip(before, (Held.by(pid) for pid in pids), strict=True):
+
+        def held_after(count: int) -> list[Held]:
+            list(pool.map(partial(leave, server), range(count)))
+            server.wait_until_idle()
+            end = monotonic() + 30
+            # An idle child's last message is read within a second, and the driver's thread may not
+            # have seen yet that the last client has left.
+            while remote.used_blocks or driver._inbox or driver._jobs:
+                assert monotonic() < end
+                sleep(0.05)
+            assert not driver._jobs and not driver._inbox and not driver._undelivered
+            assert driver._num_admitted == 0 and not driver._batches and not remote._handles
+            return [Held.by(pid) for pid in pids]
+
+        rounds = [held_after(max(60, count // 2))]
+        # Memory grows until both processes have seen their largest crowd, at no fixed round; a leak
+        # grows in every round, or at last when it has filled what was free within the process.
+        while len(rounds) < 3 or any(
+            new.bytes > 1.005 * old.bytes for old, new in zip(rounds[-3], rounds[-1], strict=True)
+        ):
+            assert len(rounds) < 12, rounds
+            rounds.append(held_after(count))
+        for old, new in zip(rounds[0], rounds[-1], strict=True):
             assert new.threads <= old.threads and new.files <= old.files + 2
-            assert new.bytes <= 1.02 * old.bytes + 2_000_000
         assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
 
 
