@@ -141,7 +141,7 @@ def batch_call(folder: Path, dtype: Any) -> Call:
             max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=1
         )
         blocks = sum(-(-(len(ids) + tokens) // 256) for ids in prompts)  # of 256 tokens
-        limits = ContinuousBatchingConfig(num_blocks=2 * blocks + 8, max_batch_tokens=1024)
+        limits = ContinuousBatchingConfig(num_blocks=blocks + 8, max_batch_tokens=1024)
         since = time.perf_counter()
         stock.generate_batch(
             [list(ids) for ids in prompts],

@@ -290,6 +290,7 @@ def leave(server: Running, number: int) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_disconnected_clients_leak_nothing(count: int) -> None:
     # A small cache is full of old prefixes before the count begins, and takes no more memory.
